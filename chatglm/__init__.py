@@ -1,0 +1,15 @@
+"""The model side: published ChatGLM weights on today's transformers, many conversations at once.
+
+    tokenizer, model = chatglm.load()                        # the bundled tiny ChatGLM
+    response, history = model.chat(tokenizer, "你好")
+    engine = chatglm.Engine(tokenizer, model)                # for a server
+
+Reading order: glm.py, tokenizer.py, device.py, checkpoint.py,
+detokenizer.py, chat.py, sampler.py, request.py, engine.py.
+"""
+
+from chatglm.checkpoint import load
+from chatglm.engine import Engine, EngineError
+from chatglm.request import Chunk, Request
+
+__all__ = ["Chunk", "Engine", "EngineError", "Request", "load"]

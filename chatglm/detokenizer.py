@@ -1,0 +1,59 @@
+"""Token ids to text while they come, whole characters only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+REPLACEMENT = "\ufffd"   # what decoders put for bytes that are not, or not yet, a character
+CUT_AFTER = 16           # ids held back before a run of broken bytes is cut
+
+
+class Detokenizer:
+    """Collects ids and keeps their text, at the same cost per id however long the text is.
+
+    `text` holds whole characters only; once `finish` was called it equals `decode(all ids)`, for
+    any ids. The trick is to decode only the ids whose text is not settled yet, behind one ordinary
+    token (the anchor), because decoders treat the beginning of a text differently.
+
+    >>> d = Detokenizer(tokenizer.decode, anchor=tokenizer.encode("a")[-1])
+    >>> d.push(first_two_bytes_of_a_character); d.text
+    ''
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], anchor: int) -> None:
+        self._decode = decode
+        self._anchor = anchor
+        self._anchor_text = decode([anchor])
+        self._settled = ""
+        self._ids: list[int] = []   # behind what is settled
+        self.text = ""
+
+    def push(self, ids: list[int]) -> None:
+        self._ids += ids
+        tail = self._tail(self._ids)
+        # Bytes of a character still under way: three at most, so older broken ones stay broken.
+        held = min(3, len(tail) - len(tail.rstrip(REPLACEMENT)))
+        self.text = self._settled + tail[: len(tail) - held]
+        if tail and not held:
+            self._settled, self._ids = self.text, []
+        elif tail and len(self._ids) > CUT_AFTER:
+            self._cut(tail)
+
+    def finish(self) -> str:
+        """The whole text, broken characters at its end included."""
+        self.text = self._settled + self._tail(self._ids)
+        return self.text
+
+    def _tail(self, ids: list[int]) -> str:
+        if not self._settled:
+            return self._decode(ids)
+        return self._decode([self._anchor, *ids])[len(self._anchor_text):]
+
+    def _cut(self, tail: str) -> None:
+        """Settles all but the last few ids, at a place where both sides decode as they did together."""
+        for at in range(len(self._ids) - 1, 0, -1):
+            before = self._tail(self._ids[:at])
+            rest = self._decode([self._anchor, *self._ids[at:]])[len(self._anchor_text):]
+            if before and len(rest) > 3 and before + rest == tail:
+                self._settled, self._ids = self._settled + before, self._ids[at:]
+                return

@@ -1,0 +1,85 @@
+"""Where a model runs, in which precision, whether it fits there, and what is left for its cache."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+from transformers import ContinuousBatchingConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+CPU_CACHE_SHARE = 0.4   # of the free host memory, the most that the key/value cache may take
+CPU_BATCH_TOKENS = 256  # prompt tokens a step takes in: a long prompt must not hold up the others
+PAGE = 32               # tokens in a page of the cache: prefixes are shared by whole pages
+GIB = 2**30
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!a} is none of auto, cuda, cuda:1, mps, cpu") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: this torch sees no NVIDIA GPU. Without one use --device cpu; with "
+                         "one, install a CUDA build of torch (PyTorch's start page gives the command)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device mps: this machine, or this torch, has no Apple GPU; use --device cpu")
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"device {name!a} is none of auto, cuda, cuda:1, mps, cpu")
+    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name in dtypes:
+        return dtypes[name]
+    if name != "auto":
+        raise ValueError(f"dtype {name!a} is none of auto, {', '.join(dtypes)}")
+    if device.type == "cuda":       # emulated bfloat16 does not count
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    return torch.float16 if device.type == "mps" else torch.float32
+
+
+def check_memory(model_class, config, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError if the weights alone are more than the device has free."""
+    with torch.device("meta"):      # shapes only, nothing is allocated
+        skeleton = model_class(config)
+    needed = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
+    free = free_memory(device)
+    if needed > free:
+        raise ValueError(f"the weights take {needed / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, "
+                         f"but {device} has {free / GIB:.1f} GiB free; close other programs, or choose a "
+                         "narrower dtype, another device or a smaller model")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available
+    if device.type == "mps":
+        return min(available, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return available
+
+
+def cache_config(model: PreTrainedModel, max_requests: int, tokens_each: int) -> ContinuousBatchingConfig:
+    """The key/value cache and the batch: as large as a GPU allows; in host memory, what
+    `max_requests` of `tokens_each` tokens need."""
+    settings = dict(max_requests_per_batch=max_requests, return_logprobs=True,
+                    use_async_batching=False, max_memory_percent=0.8)
+    if model.device.type == "cuda" and is_flash_attn_2_available():
+        return ContinuousBatchingConfig(**settings)  # flash attention wants its own page size
+    # auto_switch_to_flash would fetch a flash attention from the hub by itself.
+    settings |= dict(page_size=PAGE, auto_switch_to_flash=False)
+    if model.device.type == "cpu":
+        config = model.config
+        page_bytes = (2 * PAGE * config.num_key_value_heads * config.head_dim
+                      * config.num_hidden_layers * model.dtype.itemsize)
+        affordable = int(CPU_CACHE_SHARE * free_memory(model.device) / page_bytes)
+        wanted = max_requests * (tokens_each // PAGE + 1)
+        settings |= dict(num_blocks=max(2, min(wanted, affordable)), max_batch_tokens=CPU_BATCH_TOKENS)
+    return ContinuousBatchingConfig(**settings)

@@ -1,0 +1,250 @@
+"""Many conversations at once, over transformers' continuous batching.
+
+One thread runs the model: at each step it takes one token further every request that is under
+way, and lets new ones join. The event loop submits requests and reads their tokens; it never
+waits for the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import random
+import threading
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+from transformers import GenerationConfig
+
+from chatglm.chat import extend_history, to_messages
+from chatglm.device import cache_config
+from chatglm.detokenizer import Detokenizer
+from chatglm.request import Chunk, Report, Request
+from chatglm.sampler import Sampler
+
+logger = logging.getLogger("chatglm")
+
+MAX_LENGTH = 2048  # tokens of prompt and answer, where a request does not say
+
+
+class EngineError(RuntimeError):
+    """The engine cannot answer: it is stopped, or its thread has died."""
+
+
+class Engine:
+    """Serves many conversations with one model, from one event loop.
+
+    `active` requests are being generated, `waiting` ones wait for a place: at most
+    `max_concurrency` run at once, and only as many as the key/value cache can hold to their end.
+    """
+
+    def __init__(self, tokenizer, model, max_concurrency: int = 64) -> None:
+        self.tokenizer, self.model = tokenizer, model
+        self.max_concurrency = max_concurrency
+        self.active = 0
+        self._manager = None
+        self._page = self._pages = self._reserved = 0   # tokens in a page; pages in all, and promised
+        self._queue: deque[tuple[int, asyncio.Future]] = deque()
+        self._ids = itertools.count()
+        self._stopping = False
+        self.context = model.config.max_position_embeddings   # tokens; less if the cache is smaller
+
+    # 1. Start and stop
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread is alive and takes requests."""
+        manager = self._manager
+        return (manager is not None and manager.is_running()
+                and manager.background_thread_status.can_accept_new_requests() is None)
+
+    def start(self) -> None:
+        """Allocates the cache and starts the thread. After its death: a new cache, a new thread."""
+        if self.running:
+            return
+        if self._manager is not None:
+            self._manager.stop(hard_stop=True)   # joins the dead thread, frees its cache
+            self._manager = None
+        self._stopping = False
+        manager = self.model.init_continuous_batching(
+            GenerationConfig(do_sample=False, eos_token_id=self.tokenizer.stop_ids,
+                             pad_token_id=self.tokenizer.stop_ids[0]),
+            cache_config(self.model, self.max_concurrency, MAX_LENGTH))
+        manager.logit_processor = Sampler(
+            self.model.config.vocab_size, self.max_concurrency, self.model.device)
+        manager.warmup()          # builds the cache here, so that a lack of memory shows at start-up
+        self._page = manager.continuous_batching_config.page_size
+        self._pages = manager.batch_processor.cache.num_blocks
+        self.context = min(self.model.config.max_position_embeddings, (self._pages - 1) * self._page)
+        self._manager = manager
+        # The library's thread is no daemon, but inherits it from the thread that starts it: a
+        # script that forgets to stop the engine can still end.
+        starter = threading.Thread(target=manager.start, daemon=True)
+        starter.start()
+        starter.join()
+
+    def stop(self) -> None:
+        """Ends the thread after its current step; answers under way end as `cancelled`."""
+        self._stopping = True
+        if self._manager is not None:
+            self._manager.stop(block=True, hard_stop=True)
+            self._manager = None
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    # 2. A request's way: prepare, wait for a place, stream
+
+    def prepare(self, messages: list[dict], max_length: int | None = None,
+                max_new_tokens: int | None = None, top_p: float = 0.7, temperature: float = 0.95,
+                repetition_penalty: float = 1.0, seed: int | None = None) -> Request:
+        """Checks and tokenises. Any thread may call it.
+
+        `max_length` counts prompt and answer, `max_new_tokens` the answer alone; the smaller
+        bound holds, and the model's context anyway. Raises ValueError if nothing fits.
+        """
+        input_ids = self.tokenizer.encode_chat(messages)
+        if max_length is None:
+            max_length = MAX_LENGTH if max_new_tokens is None else self.context
+        room = min(max_length, self.context) - len(input_ids)
+        if room < 1:
+            raise ValueError(f"max_length {min(max_length, self.context)} leaves no room for an answer: prompt "
+                             f"and history take {len(input_ids)} tokens; shorten the history"
+                             + (", or raise max_length" if max_length < self.context else ""))
+        return Request(input_ids, min(room, max_new_tokens or room), float(temperature), float(top_p),
+                       float(repetition_penalty), random.getrandbits(32) if seed is None else seed)
+
+    async def generate(self, messages: list[dict], **settings) -> AsyncIterator[Chunk]:
+        """Chunks of the answer, each the whole text so far; the settings are those of `prepare`."""
+        async with aclosing(self.stream(self.prepare(messages, **settings))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def stream_chat(self, prompt: str, history: list | None = None,
+                          **settings) -> AsyncIterator[tuple[str, list]]:
+        """(text so far, history with it), as the published `stream_chat`, for many at once."""
+        async with aclosing(self.generate(to_messages(prompt, history), **settings)) as chunks:
+            async for chunk in chunks:
+                yield chunk.text, extend_history(history, prompt, chunk.text)
+
+    async def stream(self, request: Request) -> AsyncIterator[Chunk]:
+        """Chunks of the answer. Closing the iterator cancels the request, wherever it is.
+
+        A reader that is slower than the model gets the newest text, not every step of it. The
+        last chunk has a `finish_reason`. Raises EngineError if the engine cannot take requests, and
+        after a last chunk that says error or cancelled.
+        """
+        report = Report(f"request-{next(self._ids)}", len(request.input_ids))
+        try:
+            async with self._place(request), aclosing(self._outputs(request, report.id)) as outputs:
+                detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.anchor)
+                async for output in outputs:
+                    tokens = output.generated_tokens
+                    ended = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
+                    detokenizer.push(tokens[report.count : len(tokens) - ended])
+                    report.token(len(tokens))
+                    report.reason = self._finish_reason(output)
+                    raw = detokenizer.finish() if report.reason else detokenizer.text
+                    yield Chunk(self.tokenizer.visible(raw, finished=bool(report.reason)), raw,
+                                report.prompt_tokens, report.count, report.reason)
+                    if report.reason == "error" and not self._stopping:
+                        self.start()  # if it was the thread that died
+                    if report.reason in ("error", "cancelled"):
+                        raise EngineError(f"the answer was broken off ({report.reason})")
+                    if report.reason:
+                        return
+        finally:
+            logger.info("%s", report)
+
+    async def _outputs(self, request: Request, request_id: str) -> AsyncIterator:
+        """What the thread reports of a request, the newest only."""
+        newest, arrived = None, asyncio.Event()
+
+        def receive(output) -> None:      # on the event loop, once a step
+            nonlocal newest
+            newest = output
+            arrived.set()
+
+        manager = self._submit(request, request_id, receive)
+        try:
+            while True:
+                await arrived.wait()
+                arrived.clear()
+                yield (output := newest)  # the reader may take its time; newest moves on
+                if output.is_finished():
+                    return
+        finally:
+            if newest is None or not newest.is_finished():
+                manager.cancel_request(request_id)
+                # A cancelled request gets no last output that would take its handler away.
+                manager.output_router.result_handlers.pop(request_id, None)
+
+    def _finish_reason(self, output) -> str | None:
+        if any(map(math.isnan, output.logprobs[-1:])):
+            logger.error("%s: the model's scores are not finite", output.request_id)
+            return "error"
+        if not output.is_finished():
+            return None
+        if output.error is not None:
+            if not self._stopping:
+                logger.error("%s failed: %s", output.request_id, output.error)
+            return "cancelled" if self._stopping else "error"
+        return "stop" if output.generated_tokens[-1] in self.tokenizer.stop_ids else "length"
+
+    def _submit(self, request: Request, request_id: str, receive):
+        """Hands the request to the thread, to a new one if that has died. Returns its manager."""
+        for _ in range(2):
+            if self._stopping:
+                raise EngineError("the server is stopping")
+            self.start()
+            manager = self._manager
+            manager.register_result_handler(request_id, receive)   # first, or the first token is missed
+            accepted = manager.add_request(
+                request.input_ids, request_id=request_id, max_new_tokens=request.max_new_tokens,
+                streaming=True, temperature=request.temperature, top_p=request.top_p,
+                repetition_penalty=request.repetition_penalty, seed=request.seed)
+            if accepted is not None:
+                return manager
+            manager.output_router.result_handlers.pop(request_id, None)
+        raise EngineError("the model is not able to answer now")
+
+    # 3. Places: first come, first served, and only what the cache can hold to its end
+
+    @asynccontextmanager
+    async def _place(self, request: Request) -> AsyncIterator[None]:
+        if self._manager is None and not self._stopping:
+            self.start()
+        pages = math.ceil((len(request.input_ids) + request.max_new_tokens) / self._page) + 1
+        ticket = (pages, asyncio.get_running_loop().create_future())
+        self._queue.append(ticket)
+        self._admit()
+        try:
+            await ticket[1]
+            yield
+        finally:
+            if ticket in self._queue:
+                self._queue.remove(ticket)
+            else:
+                self.active -= 1
+                self._reserved -= pages
+            self._admit()
+
+    def _admit(self) -> None:
+        while (self._queue and self.active < self.max_concurrency
+               and self._reserved + self._queue[0][0] <= self._pages):
+            pages, turn = self._queue.popleft()
+            self.active += 1
+            self._reserved += pages
+            if not turn.done():
+                turn.set_result(None)

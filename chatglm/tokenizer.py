@@ -1,0 +1,165 @@
+"""Text to token ids and back: the two published ChatGLM chat formats, and chat templates.
+
+Both tokenizers here have the same face, and nothing else in the project knows which one it holds:
+`encode_chat`, `decode`, `visible`, and the attributes `stop_ids`, `anchor` and `chat_format`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from sentencepiece import SentencePieceProcessor
+from transformers import PreTrainedTokenizerBase
+
+# After the SentencePiece pieces come these, in this order (published tokenization_chatglm.py).
+COMMON_SPECIALS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
+ROLE_SPECIALS = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]  # ChatGLM3 only
+
+
+class ChatGLMTokenizer:
+    """The published ChatGLM2/ChatGLM3 tokenizer: SentencePiece, plus special tokens by id only.
+
+    A special token is never produced from text, so a user who types `<|user|>` writes seven
+    characters and starts no turn.
+    """
+
+    def __init__(self, sentencepiece_model: bytes, chat_format: str) -> None:
+        self.sp = SentencePieceProcessor(model_proto=sentencepiece_model)
+        self.chat_format = chat_format
+        names = COMMON_SPECIALS + (ROLE_SPECIALS if chat_format == "chatglm3" else [])
+        first = self.sp.vocab_size()
+        self.specials = {name: first + i for i, name in enumerate(names)}
+        self._names = {i: name for name, i in self.specials.items()}
+        self.vocab_size = first + len(names)
+        self.anchor = self.sp.encode("a")[-1]   # an ordinary token, see Detokenizer
+        self.stop_ids = [self.sp.eos_id()]
+        if chat_format == "chatglm3":
+            self.stop_ids += [self.specials["<|user|>"], self.specials["<|observation|>"]]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; a newline is the byte piece <0x0A>, spaces are kept."""
+        return self.sp.encode(text)
+
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        """The prompt up to where the model answers.
+
+        `messages` are `{"role", "content", "metadata"?, "tools"?}`; roles as in ChatGLM3. Raises
+        ValueError for a role or an order that the checkpoint's format cannot say.
+        """
+        ids = [self.specials["[gMASK]"], self.specials["sop"]]
+        if self.chat_format == "chatglm2":
+            return ids + self.encode(chatglm2_prompt(messages))
+        for message in messages:
+            ids += self.encode_message(message)
+        return ids + [self.specials["<|assistant|>"]]
+
+    def encode_message(self, message: dict) -> list[int]:
+        """One ChatGLM3 message: role token, metadata line, content, each encoded on its own."""
+        role = self.specials.get(f"<|{message['role']}|>")
+        if role is None:
+            raise ValueError(f"role {message['role']!a} is none of system, user, assistant, observation")
+        content = message["content"]
+        if message.get("tools"):
+            content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+        return [role, *self.encode(message.get("metadata", "") + "\n"), *self.encode(content)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of any ids: special tokens by name; <unk>, <s>, </s> and ids past the end as nothing."""
+        pieces = []
+        for i in ids:
+            if i in self._names:
+                pieces.append(self._names[i])
+            elif 2 < i < self.sp.vocab_size():
+                pieces.append(self.sp.id_to_piece(i))
+        return self.sp.decode_pieces(pieces)
+
+    def visible(self, raw: str, finished: bool) -> str:
+        """What a user sees of a reply so far: ChatGLM3 replies begin with a metadata line.
+
+        White space at the end is held back until something follows it, so that the text only
+        ever grows.
+        """
+        if self.chat_format == "chatglm2":
+            return raw.strip()
+        metadata, newline, content = raw.partition("\n")
+        if newline and is_tool_name(metadata):
+            return content.strip()
+        # Fine-tunes exist that leave the metadata line out. Until its newline comes, only a first
+        # line that cannot be a tool's name shows that this is such a one.
+        return "" if is_tool_name(metadata) and not finished else raw.strip()
+
+
+def is_tool_name(line: str) -> bool:
+    return re.fullmatch(r"\s*[A-Za-z0-9_.\-]{0,64}\s*", line) is not None
+
+
+def chatglm2_prompt(messages: list[dict]) -> str:
+    """`[Round 1]\\n\\n问：…\\n\\n答：…\\n\\n[Round 2]\\n\\n问：…\\n\\n答：` (published `build_prompt`).
+
+    The format has no system role: a system message goes in front of the first question.
+    """
+    text, rounds, preface = "", 0, ""
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "system":
+            preface = content + "\n\n"
+        elif role == "user":
+            rounds += 1
+            text += f"[Round {rounds}]\n\n问：{preface}{content}\n\n答："
+            preface = ""
+        elif role == "assistant":
+            text += f"{content}\n\n"
+        else:
+            raise ValueError(f"role {role!a} is none of system, user, assistant: "
+                             "ChatGLM2 has no tools, so it takes no observation")
+    return text
+
+
+class TemplateTokenizer:
+    """A tokenizer that `transformers` ships, with the chat template that comes with the checkpoint."""
+
+    chat_format = "template"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> None:
+        self.hf = tokenizer
+        self.stop_ids = stop_ids
+        self.vocab_size = len(tokenizer)
+        self.anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
+        self._added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self._tool_role = "observation" if "observation" in str(tokenizer.chat_template) else "tool"
+
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        """The prompt up to where the model answers. Raises ValueError where the template refuses."""
+        system = next((m for m in messages if m.get("tools")), {})
+        messages = [{**m, "role": self._tool_role if m["role"] == "observation" else m["role"]}
+                    for m in messages]
+        if any(special in m["content"] for m in messages for special in self._added):
+            return self._encode_apart(messages, system.get("tools"))
+        return self.hf(self._render(messages, system.get("tools")), add_special_tokens=False)["input_ids"]
+
+    def _render(self, messages: list[dict], tools: list | None) -> str:
+        from jinja2 import TemplateError
+        try:
+            return self.hf.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise ValueError(f"this model's chat template refuses the conversation: {error}") from error
+
+    def _encode_apart(self, messages: list[dict], tools: list | None) -> list[int]:
+        """The same where a user wrote a special token: the template is rendered round placeholders,
+        and what users wrote is encoded as plain text."""
+        marks = [f"\ue000{n}\ue001" for n in range(len(messages))]
+        frame = self._render([{**m, "content": mark} for m, mark in zip(messages, marks)], tools)
+        ids = []
+        for part in re.split("(\ue000\\d+\ue001)", frame):
+            written = part in marks
+            text = messages[marks.index(part)]["content"] if written else part
+            ids += self.hf(text, add_special_tokens=False, split_special_tokens=written)["input_ids"]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        ids = [i for i in ids if 0 <= i < self.vocab_size]
+        return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def visible(self, raw: str, finished: bool) -> str:
+        return raw.strip()
