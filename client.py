@@ -1,0 +1,204 @@
+"""Talks with the server in a terminal.
+
+    python client.py                     # a conversation: clear forgets it, stop or Ctrl-D leaves
+    python client.py "What is HTTP?"     # one answer
+    cat notes.txt | python client.py     # the same, the question from a pipe
+
+Ctrl-C stops an answer, on the server too; what was said so far stays. It needs `requests`; where
+`rich` is installed, answers are drawn as Markdown while they come.
+"""
+
+import argparse
+import codecs
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from urllib.parse import urlsplit
+
+import requests
+
+MARKER = b"<^>"  # begins each frame; what follows it is the whole text so far
+REDRAW = 1 / 15  # seconds between two pictures; more than a terminal needs costs time for nothing
+
+
+class Broken(Exception):
+    """No answer, or not all of it; the message says what to tell the user."""
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+# --- Reading the stream ----------------------------------------------------------------------
+
+def frames(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The text so far, each time it has grown, however the network cut or joined the bytes.
+
+    >>> list(frames([b"<^>He<^>Hel", b"lo<", b"^>Hello!"]))
+    ['Hel', 'Hello', 'Hello!']
+    """
+    frame, shown = b"", ""
+    for chunk in chunks:
+        frame += chunk
+        frame = frame[max(0, frame.rfind(MARKER)):]
+        # Held back: bytes of a character, or of a marker, whose rest has not arrived.
+        text = codecs.utf_8_decode(frame.removeprefix(MARKER), "replace", False)[0]
+        text = unescape(text.removesuffix("<^").removesuffix("<"))
+        if not shown.startswith(text):  # the beginning of a frame is no news
+            yield (shown := text)
+    text = unescape(frame.removeprefix(MARKER).decode("utf-8", "replace"))
+    if text != shown:
+        yield text
+
+
+def unescape(text: str) -> str:
+    """Takes out the zero-width space that the server puts into each `<^>` of the text itself."""
+    return re.sub("<\\^(\u200b*)\u200b>", "<^\\1>", text)
+
+
+def answer(args: argparse.Namespace, prompt: str, history: list) -> Iterator[str]:
+    """Yields the text so far; closing the iterator hangs up, which stops the server. Drops the
+    oldest turns of `history` where the server says that they do not fit. Raises Broken."""
+    session = requests.Session()
+    if re.match(r"localhost$|127\.|::1$", urlsplit(args.url).hostname or ""):
+        session.trust_env = False  # http_proxy is the way to other machines, not to this one
+    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    body = {"prompt": prompt, "history": history, "max_length": args.max_length,
+            "top_p": args.top_p, "temperature": args.temperature}
+    try:
+        while True:
+            with session.post(args.url, json=body, headers=headers, stream=True) as response:
+                if response.status_code == 200:
+                    yield from frames(response.iter_content(chunk_size=None))
+                    return
+                is_json = "json" in response.headers.get("Content-Type", "")
+                refusal = response.json().get("detail") if is_json else response.text[:200]
+                if not history or "leaves no room" not in refusal:
+                    raise Broken(f"{refusal} (HTTP {response.status_code})")
+            del history[0]
+            say("（对话太长，忘记了最早的一轮）(too long: the oldest turn is forgotten)")
+    except requests.exceptions.ChunkedEncodingError as error:
+        raise Broken("回答不完整，连接断了 (incomplete: the connection broke off)") from error
+    except requests.exceptions.ConnectionError as error:
+        raise Broken(f"{args.url} 没有服务器 (no server there). 启动 start it: python api.py") from error
+    except requests.exceptions.RequestException as error:
+        raise Broken(str(error)) from error
+
+
+# --- Showing it ------------------------------------------------------------------------------
+
+def show_plain(texts: Iterator[str], heard: list[str]) -> None:
+    """Writes what is new; `heard[0]` keeps the text so far for when this is interrupted."""
+    try:
+        for text in texts:
+            print(text.removeprefix(heard[0]), end="", flush=True)
+            heard[0] = text
+    finally:
+        print()
+
+
+def show_markdown(texts: Iterator[str], heard: list[str]) -> None:
+    """Draws Markdown. Finished blocks are printed for good; only the last one is redrawn."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.segment import SegmentLines
+    console, done, drawn = Console(), 0, 0.0  # done: how many characters are printed for good
+    try:
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            for heard[0] in texts:
+                if time.monotonic() < drawn + REDRAW:
+                    continue
+                if finished := finished_blocks(heard[0][done:]):
+                    console.print(markdown(heard[0][done : done + finished]), "")
+                    done += finished
+                # Of a block taller than the screen, its lower end.
+                lines = console.render_lines(markdown(heard[0][done:]), pad=False)
+                live.update(SegmentLines(lines[2 - console.height:], new_lines=True), refresh=True)
+                drawn = time.monotonic()
+    finally:
+        if heard[0][done:].strip():
+            console.print(markdown(heard[0][done:]))
+
+
+def markdown(text: str):
+    """rich's Markdown, with every line end kept, and HTML shown instead of left out."""
+    from rich.markdown import Markdown
+    document = Markdown(text)
+    for token in document.parsed:
+        token.type = {"html_block": "fence"}.get(token.type, token.type)
+        for part in token.children or []:
+            part.type = {"softbreak": "hardbreak", "html_inline": "text"}.get(part.type, part.type)
+    return document
+
+
+def finished_blocks(text: str) -> int:
+    """How many characters of a Markdown text come before its last block."""
+    from rich.markdown import Markdown
+    starts = [token.map[0] for token in Markdown(text).parsed if token.level == 0 and token.map]
+    return sum(map(len, text.splitlines(keepends=True)[: starts[-1]])) if starts else 0
+
+
+# --- The conversation ------------------------------------------------------------------------
+
+def ask(args: argparse.Namespace, prompt: str, history: list, show: Callable) -> int:
+    """One turn, added to `history` unless nothing was said. Returns the exit status: 0, 1 where the
+    answer is missing or incomplete, 130 after Ctrl-C."""
+    heard, texts = [""], answer(args, prompt, history)
+    try:
+        show(texts, heard)
+        return 0
+    except KeyboardInterrupt:
+        texts.close()
+        say("（已停止）(stopped)")
+        return 130
+    except Broken as error:
+        say(str(error))
+        return 1
+    finally:
+        if heard[0]:
+            history.append([prompt, heard[0]])
+
+
+def converse(args: argparse.Namespace, show: Callable) -> int:
+    history: list[list[str]] = []
+    print("clear 清空对话 forgets; stop, Ctrl-D 退出 leaves; Ctrl-C 停止回答 stops an answer")
+    while True:
+        try:
+            prompt = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if prompt == "stop":
+            return 0
+        if prompt == "clear":
+            history.clear()
+            print("（已清空）(forgotten)")
+        elif prompt:
+            ask(args, prompt, history, show)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Talks with the ChatGLM server.", allow_abbrev=False)
+    parser.add_argument("question", nargs="?", help="ask this alone, and end")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
+    parser.add_argument("--max-length", type=int, help="tokens of prompt and answer together")
+    parser.add_argument("--top-p", type=float, help="nucleus sampling, over 0, up to 1")
+    parser.add_argument("--temperature", type=float, help="0, always the likeliest word, to 2")
+    parser.add_argument("--api-key", help="where the server wants one")
+    parser.add_argument("--plain", action="store_true", help="no Markdown, no redrawing")
+    args = parser.parse_args()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if not stream.isatty():
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    drawing = sys.stdout.isatty() and not args.plain and find_spec("rich")
+    show = show_markdown if drawing else show_plain
+    if args.question is None and sys.stdin.isatty():
+        return converse(args, show)
+    question = sys.stdin.read() if args.question is None else args.question
+    return ask(args, question, [], show)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

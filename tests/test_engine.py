@@ -1,0 +1,214 @@
+"""Many conversations at once, each compared with the same request alone or with `generate`."""
+
+import asyncio
+import random
+import threading
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+import torch
+
+import chatglm
+from chatglm.chat import to_messages
+
+GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
+ENDLESS = dict(temperature=0, max_length=1000)  # what this model answers 你好 with, it never ends
+QUESTIONS = ["你好", "什么是流式输出？", "Tell me about FastAPI 🚀", "hi", "a b c", "第二轮"]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return chatglm.load(GOLDEN, device="cpu")
+
+
+@pytest.fixture
+def engine(loaded):
+    with chatglm.Engine(*loaded) as engine:
+        yield engine
+
+
+async def last(engine, question, **settings):
+    async for chunk in engine.generate(to_messages(question), **settings):
+        pass
+    return chunk
+
+
+async def until(condition, seconds=20):
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def is_empty(engine) -> bool:
+    """Nothing is left of any request: no place, no page, no state, no handler."""
+    scheduler = engine._manager.batch_processor.scheduler
+    return not (engine.active or engine.waiting or engine._reserved or scheduler.active_requests
+                or scheduler.waiting_requests or engine._manager.output_router.result_handlers)
+
+
+def generate(loaded, question: str, tokens: int, **settings) -> str:
+    """What transformers' own `generate` answers, greedily."""
+    tokenizer, model = loaded
+    ids = tokenizer.encode_chat(to_messages(question))
+    out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=tokens, pad_token_id=0,
+                         eos_token_id=tokenizer.stop_ids, **settings)[0, len(ids):].tolist()
+    return tokenizer.decode([i for i in out if i not in tokenizer.stop_ids])
+
+
+def test_greedy_answers_equal_generate(engine, loaded):
+    for question in QUESTIONS:
+        chunk = asyncio.run(last(engine, question, temperature=0, max_new_tokens=30))
+        assert chunk.raw == generate(loaded, question, 30)
+
+
+def test_repetition_penalty_equals_generate_among_neighbours_without_it(engine, loaded):
+    async def crowd():
+        return await asyncio.gather(*(
+            last(engine, question, temperature=0, max_new_tokens=30, repetition_penalty=penalty)
+            for question in QUESTIONS for penalty in (1.0, 1.3)))
+    chunks = asyncio.run(crowd())
+    for question, plain, penalised in zip(QUESTIONS, chunks[::2], chunks[1::2]):
+        assert plain.raw == generate(loaded, question, 30)
+        assert penalised.raw == generate(loaded, question, 30, repetition_penalty=1.3)
+
+
+def test_an_answer_in_a_crowd_that_comes_and_goes_equals_the_answer_alone(engine):
+    draw = random.Random(0)
+    requests = [(draw.choice(QUESTIONS) * draw.randrange(1, 9), dict(
+        temperature=draw.choice([0, 0.5, 1, 2]), top_p=draw.choice([0.5, 0.9, 1]), seed=i,
+        max_new_tokens=draw.randrange(5, 40))) for i in range(40)]
+
+    async def leave_early(question):
+        async for _ in engine.generate(to_messages(question), max_new_tokens=200):
+            if draw.random() < 0.2:
+                break
+
+    async def crowd():
+        leavers = [asyncio.create_task(leave_early(question)) for question, _ in requests]
+        chunks = await asyncio.gather(*(last(engine, q, **settings) for q, settings in requests))
+        await asyncio.gather(*leavers)
+        return chunks
+    together = asyncio.run(crowd())
+    assert together == [asyncio.run(last(engine, q, **settings)) for q, settings in requests]
+
+
+def test_text_only_grows_and_ends_with_a_reason(engine):
+    async def texts():
+        return [chunk async for chunk in engine.generate(to_messages("你好"), temperature=0,
+                                                         max_new_tokens=60)]
+    chunks = asyncio.run(texts())
+    for before, after in zip(chunks, chunks[1:]):
+        assert after.text.startswith(before.text) and before.finish_reason is None
+        assert after.completion_tokens > before.completion_tokens
+    assert chunks[-1].finish_reason == "length" and chunks[-1].completion_tokens == 60
+
+
+@pytest.mark.parametrize("moment", ["waiting", "prefill", "decoding"])
+def test_closing_the_iterator_cancels_and_leaves_nothing(loaded, moment):
+    async def scenario():
+        with chatglm.Engine(*loaded, max_concurrency=1) as engine:
+            prompt = "你好" * 200 if moment == "prefill" else "你好"
+            first = asyncio.create_task(last(engine, prompt, **ENDLESS))
+            await until(lambda: engine.active == 1)
+            leaving = first
+            if moment == "waiting":
+                leaving = asyncio.create_task(last(engine, "你好", **ENDLESS))
+                await until(lambda: engine.waiting == 1)
+            elif moment == "decoding":
+                await until(lambda: any(s.generated_tokens for s in (
+                    engine._manager.batch_processor.scheduler.active_requests.values())))
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            if moment == "waiting":
+                assert engine.active == 1 and engine.waiting == 0 and not first.done()
+                first.cancel()
+            await until(lambda: is_empty(engine))
+            assert (await last(engine, "hi", max_new_tokens=3)).completion_tokens
+    asyncio.run(scenario())
+
+
+def test_one_request_more_than_there_are_places_waits_for_its_turn(loaded):
+    async def scenario():
+        with chatglm.Engine(*loaded, max_concurrency=2) as engine:
+            tasks = [asyncio.create_task(last(engine, "hi", temperature=0, max_new_tokens=20))
+                     for _ in range(5)]
+            await until(lambda: engine.active == 2 and engine.waiting == 3)
+            assert len({(await task).raw for task in tasks}) == 1
+    asyncio.run(scenario())
+
+
+def test_stopping_ends_answers_as_cancelled_and_leaves_no_thread(loaded):
+    before = set(threading.enumerate())
+
+    async def scenario():
+        engine = chatglm.Engine(*loaded)
+        seen = []
+        with pytest.raises(chatglm.EngineError):
+            async with aclosing(engine.generate(to_messages("你好"), **ENDLESS)) as chunks:
+                async for chunk in chunks:
+                    seen.append(chunk)
+                    if len(seen) == 3:
+                        await asyncio.to_thread(engine.stop)
+        assert seen[-1].finish_reason == "cancelled" and not engine.running
+    asyncio.run(scenario())
+    left = [t for t in set(threading.enumerate()) - before if "generation" in str(t).lower()]
+    assert not left
+
+
+def test_when_the_thread_dies_answers_fail_and_the_next_request_works(engine, loaded):
+    async def scenario():
+        def fail(*_):
+            raise RuntimeError("out of memory, say")
+        hook = loaded[1].model.layers[0].register_forward_pre_hook(fail)
+        with pytest.raises(chatglm.EngineError):
+            await last(engine, "hi", max_new_tokens=50)
+        hook.remove()
+        assert (await last(engine, "hi", temperature=0, max_new_tokens=5)).finish_reason == "length"
+        await until(lambda: is_empty(engine))
+    asyncio.run(scenario())
+
+
+def test_a_damaged_weight_fails_the_request_that_meets_it_and_no_other(loaded):
+    tokenizer, model = chatglm.load(GOLDEN, device="cpu")
+    bad = tokenizer.encode("跟")[-1]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[bad] = torch.nan
+
+    async def scenario():
+        with chatglm.Engine(tokenizer, model) as engine:
+            settings = dict(temperature=0, max_new_tokens=12)
+            results = await asyncio.gather(last(engine, "hi", **settings), last(engine, "跟", **settings),
+                                           last(engine, "a b c", **settings), return_exceptions=True)
+            assert isinstance(results[1], chatglm.EngineError)
+            return results
+    results = asyncio.run(scenario())
+    for question, chunk in [("hi", results[0]), ("a b c", results[2])]:
+        answer = generate(loaded, question, 12)
+        assert "跟" in answer or chunk.raw == answer
+
+
+def test_what_does_not_fit_is_refused_with_both_counts(engine, loaded):
+    prompt = to_messages("hi")
+    count = len(loaded[0].encode_chat(prompt))
+    with pytest.raises(ValueError, match=rf"max_length {count} .* {count} tokens"):
+        engine.prepare(prompt, max_length=count)
+    assert engine.prepare(prompt, max_length=count + 1).max_new_tokens == 1
+    assert engine.prepare(prompt, max_length=10**9).max_new_tokens == engine.context - count
+    assert engine.prepare(prompt, max_new_tokens=7).max_new_tokens == 7
+
+
+def test_the_next_turn_reads_the_cache_of_the_turn_before(engine, loaded):
+    async def scenario():
+        history = [["question " * 20, "answer " * 20]]
+        async for _, history in engine.stream_chat("hi", history, temperature=0, max_length=300):
+            pass
+        seen = []
+        hook = loaded[1].register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+        async for _ in engine.stream_chat("and", history, temperature=0, max_length=400):
+            pass
+        hook.remove()
+        return seen[0], len(loaded[0].encode_chat(to_messages("and", history)))
+    prefilled, prompt = asyncio.run(scenario())
+    assert prefilled < prompt / 2

@@ -1,0 +1,64 @@
+"""Choosing tokens, compared with transformers' own logits processors."""
+
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
+
+from chatglm.sampler import choose, gumbel_noise, penalise
+
+ROWS = 40_000
+
+
+def draw(logits: torch.Tensor, temperature: float, top_p: float, seed, position) -> torch.Tensor:
+    """The share of each token in ROWS draws from the same logits [V]."""
+    rows = logits.repeat(ROWS, 1)
+    tokens = choose(rows, torch.full((ROWS,), temperature), torch.full((ROWS,), top_p), seed, position)
+    return torch.bincount(tokens, minlength=len(logits)) / ROWS
+
+
+def expected(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    return TopPLogitsWarper(top_p)(None, logits[None] / temperature).softmax(-1)[0]
+
+
+def test_sampling_has_the_distribution_of_temperature_and_top_p():
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(1))
+    seeds, positions = torch.arange(ROWS), torch.full((ROWS,), 17)
+    for temperature, top_p in [(0.95, 0.7), (1.0, 1.0), (2.0, 0.9), (0.3, 0.5)]:
+        shares, wanted = draw(logits, temperature, top_p, seeds, positions), expected(logits, temperature, top_p)
+        assert torch.equal(shares > 0, wanted > 0)
+        assert (shares - wanted).abs().max() < 0.012  # five standard deviations of a half
+
+
+def test_one_seed_gives_the_distribution_over_positions_too():
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(2))
+    shares = draw(logits, 1.0, 0.95, torch.full((ROWS,), 5), torch.arange(ROWS))
+    assert (shares - expected(logits, 1.0, 0.95)).abs().max() < 0.012
+
+
+def test_noise_is_gumbel_and_rows_are_independent():
+    noise = gumbel_noise(torch.arange(300), torch.zeros(300, dtype=torch.long), 2000)
+    assert torch.isfinite(noise).all()
+    assert abs(noise.mean() - 0.5772) < 0.01 and abs(noise.var() - 1.6449) < 0.02
+    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.15
+
+
+def test_a_row_is_drawn_alike_whatever_the_batch():
+    logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(3))
+    settings = [torch.rand(64) * 2, torch.rand(64) * 0.9 + 0.1, torch.arange(64), torch.arange(64) * 7]
+    together = choose(logits, *settings)
+    alone = [choose(logits[i : i + 1], *(s[i : i + 1] for s in settings)).item() for i in range(64)]
+    assert together.tolist() == alone
+
+
+def test_temperature_zero_is_greedy_among_sampling_neighbours():
+    logits = torch.randn(8, 50)
+    temperature = torch.tensor([0.0, 2.0] * 4)
+    tokens = choose(logits, temperature, torch.ones(8), torch.arange(8), torch.arange(8))
+    assert torch.equal(tokens[::2], logits.argmax(-1)[::2])
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    logits, ids = torch.randn(3, 40), torch.randint(0, 40, (3, 12))
+    seen = torch.zeros(3, 40, dtype=torch.bool).scatter(1, ids, True)
+    for penalty in (0.8, 1.0, 1.3):
+        wanted = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
+        torch.testing.assert_close(penalise(logits, seen, torch.full((3,), penalty)), wanted)
