@@ -93,18 +93,18 @@ class Chat(BaseModel):
             wanted = re.sub("^Input should", "must", first["msg"]).replace("Field", "is")
             raise ValueError(f"{field} {wanted}, not {shown(first['input'])}") from error
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
-            raise ValueError(f'the body must be JSON such as {{"prompt": "hi"}}: {error}') from error
+            raise ValueError(f'the body must be JSON like {{"prompt": "hi"}}: {error}') from error
 
 
 async def receive(request: Request) -> bytes:
-    """The whole body. Raises HTTPException 413, but at its end only: a sender whose connection
-    breaks while it still sends never reads why."""
+    """The whole body. One that is too long is read to its end before it is refused: a sender whose
+    connection breaks while it still sends never learns why."""
     body, size = bytearray(), 0
     async for part in request.stream():
         size += len(part)
         body += part if size <= MAX_BODY else b""
     if size > MAX_BODY:
-        raise HTTPException(413, f"the body has {size:,} bytes, more than {MAX_BODY:,}: shorten the history")
+        raise HTTPException(413, f"the body has {size} bytes, over {MAX_BODY}; send less history")
     return bytes(body)
 
 
@@ -175,14 +175,14 @@ async def whole(chunks: AsyncIterator[chatglm.Chunk], body: Chat) -> AsyncIterat
 @app.post("/", response_class=PlainTextResponse, openapi_extra={"requestBody": {
     "required": True, "content": {"application/json": {"schema": Chat.model_json_schema()}}}})
 async def chat(request: Request) -> StreamingResponse:
-    """An answer as frames, `<^>` and the whole text so far; in one piece with `"stream": false`."""
+    """An answer in frames, `<^>` and the whole text so far; whole with `"stream": false`."""
     engine: chatglm.Engine = request.app.state.engine
     try:
         body = Chat.read(await receive(request))
         sampling = body.model_dump(exclude={"prompt", "history", "stream"})
-        messages = to_messages(body.prompt, body.history)
         # In a thread: to cut a megabyte into tokens would hold up everyone's stream.
-        prepared = await asyncio.to_thread(engine.prepare, messages, **sampling)
+        prepared = await asyncio.to_thread(
+            lambda: engine.prepare(to_messages(body.prompt, body.history), **sampling))
     except ValueError as error:
         raise HTTPException(400, str(error)) from error
     if request.app.state.settings.log_prompts:
@@ -217,7 +217,9 @@ async def about(request: Request) -> str:
 
 class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await asyncio.to_thread(app.state.engine.stop)  # first: answers under way break off at once
+        await asyncio.to_thread(app.state.engine.stop)  # so that answers under way break off
+        for connection in list(self.server_state.connections):  # and who reads no more, or never
+            asyncio.get_running_loop().call_later(0.5, connection.transport.abort)  # ends, goes too
         await super().shutdown(sockets)
 
 
@@ -234,8 +236,9 @@ def main() -> None:
         sys.exit(f"api.py: {error}")
     listener.listen()
     address = "http://{}:{}".format(*listener.getsockname())
-    flag = "" if address == "http://127.0.0.1:8000" else f" --url {address}"
-    print(f"Listening on {address}\nTo chat, in another terminal: python client.py{flag}", flush=True)
+    flag = "" if settings.port == 8000 else f" --url {address}"
+    print(f"Listening on {address}\nTo chat, in another terminal: python client.py{flag}")
+    sys.stdout.flush()  # a log file would not get it otherwise
     Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
 
 

@@ -2,7 +2,6 @@
 
     python client.py                     # a conversation: clear forgets it, stop or Ctrl-D leaves
     python client.py "What is HTTP?"     # one answer
-    cat notes.txt | python client.py     # the same, the question from a pipe
 
 Ctrl-C stops an answer, on the server too; what was said so far stays. It needs `requests`; where
 `rich` is installed, answers are drawn as Markdown while they come.
@@ -15,20 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
-from urllib.parse import urlsplit
 
 import requests
 
 MARKER = b"<^>"  # begins each frame; what follows it is the whole text so far
-REDRAW = 1 / 15  # seconds between two pictures; more than a terminal needs costs time for nothing
 
 
 class Broken(Exception):
     """No answer, or not all of it; the message says what to tell the user."""
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 # --- Reading the stream ----------------------------------------------------------------------
@@ -62,7 +55,7 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Iterator[str
     """Yields the text so far; closing the iterator hangs up, which stops the server. Drops the
     oldest turns of `history` where the server says that they do not fit. Raises Broken."""
     session = requests.Session()
-    if re.match(r"localhost$|127\.|::1$", urlsplit(args.url).hostname or ""):
+    if re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", args.url):
         session.trust_env = False  # http_proxy is the way to other machines, not to this one
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     body = {"prompt": prompt, "history": history, "max_length": args.max_length,
@@ -78,7 +71,7 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Iterator[str
                 if not history or "leaves no room" not in refusal:
                     raise Broken(f"{refusal} (HTTP {response.status_code})")
             del history[0]
-            say("（对话太长，忘记了最早的一轮）(too long: the oldest turn is forgotten)")
+            print("（对话太长，忘记了最早的一轮）(too long: the oldest turn is forgotten)", file=sys.stderr)
     except requests.exceptions.ChunkedEncodingError as error:
         raise Broken("回答不完整，连接断了 (incomplete: the connection broke off)") from error
     except requests.exceptions.ConnectionError as error:
@@ -90,13 +83,14 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Iterator[str
 # --- Showing it ------------------------------------------------------------------------------
 
 def show_plain(texts: Iterator[str], heard: list[str]) -> None:
-    """Writes what is new; `heard[0]` keeps the text so far for when this is interrupted."""
+    """Writes what is new; into a pipe, all at the end. `heard[0]` is the text so far."""
+    live = sys.stdout.isatty()
     try:
         for text in texts:
-            print(text.removeprefix(heard[0]), end="", flush=True)
+            print(text.removeprefix(heard[0]) if live else "", end="", flush=live)
             heard[0] = text
     finally:
-        print()
+        print("" if live else heard[0])
 
 
 def show_markdown(texts: Iterator[str], heard: list[str]) -> None:
@@ -108,7 +102,7 @@ def show_markdown(texts: Iterator[str], heard: list[str]) -> None:
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             for heard[0] in texts:
-                if time.monotonic() < drawn + REDRAW:
+                if time.monotonic() < drawn + 1 / 15:  # a new picture 15 times a second
                     continue
                 if finished := finished_blocks(heard[0][done:]):
                     console.print(markdown(heard[0][done : done + finished]), "")
@@ -143,18 +137,17 @@ def finished_blocks(text: str) -> int:
 # --- The conversation ------------------------------------------------------------------------
 
 def ask(args: argparse.Namespace, prompt: str, history: list, show: Callable) -> int:
-    """One turn, added to `history` unless nothing was said. Returns the exit status: 0, 1 where the
-    answer is missing or incomplete, 130 after Ctrl-C."""
+    """One turn, added to `history` unless nothing was said. Returns the exit status."""
     heard, texts = [""], answer(args, prompt, history)
     try:
         show(texts, heard)
         return 0
     except KeyboardInterrupt:
         texts.close()
-        say("（已停止）(stopped)")
+        print("（已停止）(stopped)", file=sys.stderr)
         return 130
     except Broken as error:
-        say(str(error))
+        print(str(error), file=sys.stderr)
         return 1
     finally:
         if heard[0]:
@@ -162,11 +155,14 @@ def ask(args: argparse.Namespace, prompt: str, history: list, show: Callable) ->
 
 
 def converse(args: argparse.Namespace, show: Callable) -> int:
+    if find_spec("readline"):  # arrow keys, and a backspace that knows how wide 字 is
+        import readline  # noqa: F401
     history: list[list[str]] = []
     print("clear 清空对话 forgets; stop, Ctrl-D 退出 leaves; Ctrl-C 停止回答 stops an answer")
     while True:
         try:
-            prompt = input("\n> ").strip()
+            print()
+            prompt = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
@@ -180,7 +176,7 @@ def converse(args: argparse.Namespace, show: Callable) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Talks with the ChatGLM server.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Talks with a ChatGLM server.")
     parser.add_argument("question", nargs="?", help="ask this alone, and end")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
     parser.add_argument("--max-length", type=int, help="tokens of prompt and answer together")
@@ -196,8 +192,7 @@ def main() -> int:
     show = show_markdown if drawing else show_plain
     if args.question is None and sys.stdin.isatty():
         return converse(args, show)
-    question = sys.stdin.read() if args.question is None else args.question
-    return ask(args, question, [], show)
+    return ask(args, sys.stdin.read() if args.question is None else args.question, [], show)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     response, history = model.chat(tokenizer, "你好")
     engine = chatglm.Engine(tokenizer, model)                # for a server
 
-Reading order: glm.py, tokenizer.py, device.py, checkpoint.py,
+Reading order: glm.py, tokenizer.py, device.py, files.py, checkpoint.py,
 detokenizer.py, chat.py, sampler.py, request.py, engine.py.
 """
 

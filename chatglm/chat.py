@@ -33,7 +33,6 @@ def to_messages(prompt: str, history: list | None = None, role: str = "user") ->
     (ChatGLM3). Raises ValueError, naming the entry, for anything else, and for a prompt with
     nothing visible in it.
     """
-    check_text(prompt, "prompt")
     if all(unicodedata.category(c) in INVISIBLE for c in prompt):
         raise ValueError(f"prompt must hold something visible, not {shown(prompt)}")
     if history is not None and not isinstance(history, (list, tuple)):
@@ -47,14 +46,16 @@ def to_messages(prompt: str, history: list | None = None, role: str = "user") ->
             messages.append(check_message(turn, f"history[{i}]"))
         else:
             query, response = check_pair(turn, f"history[{i}]")
-            messages += [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
-    messages.append({"role": role, "content": prompt})
+            messages += [{"role": "user", "content": query},
+                         {"role": "assistant", "content": response}]
+    messages.append(check_message({"role": role, "content": prompt}, "prompt"))
     check_order(messages)
     return messages
 
 
 def check_pair(turn: Any, where: str) -> tuple[str, str]:
-    if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(t, str) for t in turn):
+    two = isinstance(turn, (list, tuple)) and len(turn) == 2
+    if not two or not all(isinstance(text, str) for text in turn):
         raise ValueError(f'{where} must be a [query, response] pair of two strings or a '
                          f'{{"role": …, "content": …}} dict, not {shown(turn)}')
     for text in turn:
@@ -63,8 +64,9 @@ def check_pair(turn: Any, where: str) -> tuple[str, str]:
 
 
 def check_message(turn: dict, where: str) -> dict:
-    if turn.get("role") not in FOLLOWS:
-        raise ValueError(f"{where}.role must be one of {', '.join(FOLLOWS)}, not {shown(turn.get('role'))}")
+    if not isinstance(turn.get("role"), str) or turn["role"] not in FOLLOWS:
+        raise ValueError(f"{where}.role must be one of {', '.join(FOLLOWS)}, "
+                         f"not {shown(turn.get('role'))}")
     for field in ("content", "metadata"):
         text = turn.get(field, "" if field == "metadata" else None)
         if not isinstance(text, str):
@@ -79,15 +81,18 @@ def check_order(messages: list[dict]) -> None:
         if before not in FOLLOWS[role]:
             place = f"history[{i}]" if i + 1 < len(messages) else "prompt"
             after = f"after {before!r}" if before else "at the beginning"
-            raise ValueError(f"{place}: a message of role {role!r} cannot stand {after}; system may "
-                             "come first, then user and assistant in turn")
+            raise ValueError(f"{place}: role {role!r} cannot stand {after}; system may come first, "
+                             "then user and assistant in turn, observation after assistant")
         before = role
 
 
 def check_text(text: str, where: str) -> None:
     """Raises ValueError for half of a surrogate pair, which no encoding can say."""
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(f"{where} holds half of a surrogate pair, which is no character: {shown(text)}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds half of a surrogate pair, which is no character: "
+                         f"{shown(text[error.start])}") from error
 
 
 def shown(value: Any) -> str:
@@ -96,22 +101,21 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def extend_history(history: list | None, prompt: str, response: str, role: str = "user",
-                   metadata: str = "") -> list:
+def extend_history(history: list | None, prompt: str, response: str, role: str = "user") -> list:
     """`history` with this turn added, in the form it came in (pairs when it was empty)."""
     history = list(history or [])
     if history and isinstance(history[0], dict):
         return [*history, {"role": role, "content": prompt},
-                {"role": "assistant", "metadata": metadata, "content": response}]
+                {"role": "assistant", "metadata": "", "content": response}]
     return [*history, [prompt, response]]
 
 
 class ChatMixin:
-    """`chat` and `stream_chat`, as the published models have them, for any causal language model."""
+    """`chat` and `stream_chat`, as published models have them, for any causal language model."""
 
-    def chat(self, tokenizer, query: str, history: list | None = None, **settings) -> tuple[str, list]:
+    def chat(self, tokenizer, query: str, history: list | None = None,
+             **settings) -> tuple[str, list]:
         """The whole answer, and the history with it; the settings are those of `stream_chat`."""
-        result = ("", extend_history(history, query, ""))
         for result in self.stream_chat(tokenizer, query, history, **settings):
             pass
         return result
@@ -130,8 +134,8 @@ class ChatMixin:
         ids = tokenizer.encode_chat(to_messages(query, history, role))
         room = min(max_length, self.config.max_position_embeddings) - len(ids)
         if room < 1:
-            raise ValueError(f"prompt and history take {len(ids)} tokens, which leaves no room within "
-                             f"max_length {max_length}")
+            raise ValueError(f"prompt and history take {len(ids)} tokens, which leaves no room "
+                             f"within max_length {max_length}")
         settings = [torch.tensor([float(v)], device=self.device)
                     for v in (temperature if do_sample else 0, top_p, repetition_penalty)]
         seed = random.getrandbits(32) if seed is None else seed
@@ -159,8 +163,9 @@ class ChatMixin:
             seen[0, input_ids[0]] = True
             logits = penalise(out.logits[:, -1].float(), seen, penalty)              # [1, vocab]
             if not torch.isfinite(logits).all():
-                raise ValueError("the model's scores are not finite: its weights are damaged, or dtype "
-                                 "float16 is too narrow for it")
-            token = choose(logits, temperature, top_p, seeds, torch.tensor([position], device=self.device))
+                raise ValueError("the model's scores are not finite: its weights are damaged, or "
+                                 "dtype float16 is too narrow for it")
+            token = choose(logits, temperature, top_p, seeds,
+                           torch.tensor([position], device=self.device))
             yield token.item()
             input_ids = token[None]

@@ -29,7 +29,8 @@ class Detokenizer:
         self.text = ""
 
     def push(self, ids: list[int]) -> None:
-        self._ids += ids
+        # Ids without text, such as special ones, would only pile up.
+        self._ids += [i for i in ids if self._decode([self._anchor, i]) != self._anchor_text]
         tail = self._tail(self._ids)
         # Bytes of a character still under way: three at most, so older broken ones stay broken.
         held = min(3, len(tail) - len(tail.rstrip(REPLACEMENT)))
@@ -50,7 +51,7 @@ class Detokenizer:
         return self._decode([self._anchor, *ids])[len(self._anchor_text):]
 
     def _cut(self, tail: str) -> None:
-        """Settles all but the last few ids, at a place where both sides decode as they did together."""
+        """Settles all but the last few ids, where both sides decode as they did together."""
         for at in range(len(self._ids) - 1, 0, -1):
             before = self._tail(self._ids[:at])
             rest = self._decode([self._anchor, *self._ids[at:]])[len(self._anchor_text):]

@@ -1,4 +1,4 @@
-"""Where a model runs, in which precision, whether it fits there, and what is left for its cache."""
+"""Where a model runs, in which precision, whether it fits, and what is left for its cache."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device {name!a} is none of auto, cuda, cuda:1, mps, cpu") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: this torch sees no NVIDIA GPU. Without one use --device cpu; with "
-                         "one, install a CUDA build of torch (PyTorch's start page gives the command)")
+        raise ValueError("device cuda: torch sees no NVIDIA GPU. Without one use --device cpu; "
+                         "with one, install a CUDA build of torch (see PyTorch's start page)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
+        raise ValueError(f"device {name}: this machine has {torch.cuda.device_count()} GPU(s), "
+                         "counted from 0")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device mps: this machine, or this torch, has no Apple GPU; use --device cpu")
+        raise ValueError("device mps: this machine or torch has no Apple GPU; use --device cpu")
     if device.type not in ("cuda", "mps", "cpu"):
         raise ValueError(f"device {name!a} is none of auto, cuda, cuda:1, mps, cpu")
     return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
@@ -51,9 +52,10 @@ def check_memory(model_class, config, device: torch.device, dtype: torch.dtype) 
     needed = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
     free = free_memory(device)
     if needed > free:
-        raise ValueError(f"the weights take {needed / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}, "
-                         f"but {device} has {free / GIB:.1f} GiB free; close other programs, or choose a "
-                         "narrower dtype, another device or a smaller model")
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"the weights take {needed / GIB:.1f} GiB in {name}, but {device} has "
+                         f"{free / GIB:.1f} GiB free; close other programs, or choose a narrower "
+                         "dtype, another device or a smaller model")
 
 
 def free_memory(device: torch.device) -> int:
@@ -62,11 +64,13 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     available = psutil.virtual_memory().available
     if device.type == "mps":
-        return min(available, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+        limit = torch.mps.recommended_max_memory()
+        return min(available, limit - torch.mps.driver_allocated_memory())
     return available
 
 
-def cache_config(model: PreTrainedModel, max_requests: int, tokens_each: int) -> ContinuousBatchingConfig:
+def cache_config(model: PreTrainedModel, max_requests: int,
+                 tokens_each: int) -> ContinuousBatchingConfig:
     """The key/value cache and the batch: as large as a GPU allows; in host memory, what
     `max_requests` of `tokens_each` tokens need."""
     settings = dict(max_requests_per_batch=max_requests, return_logprobs=True,
@@ -81,5 +85,6 @@ def cache_config(model: PreTrainedModel, max_requests: int, tokens_each: int) ->
                       * config.num_hidden_layers * model.dtype.itemsize)
         affordable = int(CPU_CACHE_SHARE * free_memory(model.device) / page_bytes)
         wanted = max_requests * (tokens_each // PAGE + 1)
-        settings |= dict(num_blocks=max(2, min(wanted, affordable)), max_batch_tokens=CPU_BATCH_TOKENS)
+        settings |= dict(num_blocks=max(2, min(wanted, affordable)),
+                         max_batch_tokens=CPU_BATCH_TOKENS)
     return ContinuousBatchingConfig(**settings)

@@ -1,8 +1,7 @@
 """Many conversations at once, over transformers' continuous batching.
 
-One thread runs the model: at each step it takes one token further every request that is under
-way, and lets new ones join. The event loop submits requests and reads their tokens; it never
-waits for the model.
+One thread runs the model: each step takes every request under way one token further, and lets
+new ones join. The event loop submits requests and reads tokens; it never waits for the model.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from transformers import GenerationConfig
 from chatglm.chat import extend_history, to_messages
 from chatglm.device import cache_config
 from chatglm.detokenizer import Detokenizer
-from chatglm.request import Chunk, Report, Request
+from chatglm.request import Chunk, Report, Request, finish_reason
 from chatglm.sampler import Sampler
 
 logger = logging.getLogger("chatglm")
@@ -46,11 +45,11 @@ class Engine:
         self.max_concurrency = max_concurrency
         self.active = 0
         self._manager = None
-        self._page = self._pages = self._reserved = 0   # tokens in a page; pages in all, and promised
+        self._page = self._pages = self._reserved = 0  # tokens in a page; pages in all, promised
         self._queue: deque[tuple[int, asyncio.Future]] = deque()
         self._ids = itertools.count()
         self._stopping = False
-        self.context = model.config.max_position_embeddings   # tokens; less if the cache is smaller
+        self.context = model.config.max_position_embeddings  # tokens; less if the cache is smaller
 
     # 1. Start and stop
 
@@ -66,26 +65,25 @@ class Engine:
                 and manager.background_thread_status.can_accept_new_requests() is None)
 
     def start(self) -> None:
-        """Allocates the cache and starts the thread. After its death: a new cache, a new thread."""
+        """Allocates the cache and starts the thread; after its death, both anew."""
         if self.running:
             return
         if self._manager is not None:
             self._manager.stop(hard_stop=True)   # joins the dead thread, frees its cache
             self._manager = None
         self._stopping = False
-        manager = self.model.init_continuous_batching(
-            GenerationConfig(do_sample=False, eos_token_id=self.tokenizer.stop_ids,
-                             pad_token_id=self.tokenizer.stop_ids[0]),
-            cache_config(self.model, self.max_concurrency, MAX_LENGTH))
+        model, stop_ids = self.model, self.tokenizer.stop_ids
+        manager = model.init_continuous_batching(
+            GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0]),
+            cache_config(model, self.max_concurrency, MAX_LENGTH))
         manager.logit_processor = Sampler(
-            self.model.config.vocab_size, self.max_concurrency, self.model.device)
-        manager.warmup()          # builds the cache here, so that a lack of memory shows at start-up
+            model.config.vocab_size, self.max_concurrency, model.device)
+        manager.warmup()  # builds the cache here, so that a lack of memory shows at start-up
         self._page = manager.continuous_batching_config.page_size
         self._pages = manager.batch_processor.cache.num_blocks
-        self.context = min(self.model.config.max_position_embeddings, (self._pages - 1) * self._page)
+        self.context = min(model.config.max_position_embeddings, (self._pages - 1) * self._page)
         self._manager = manager
-        # The library's thread is no daemon, but inherits it from the thread that starts it: a
-        # script that forgets to stop the engine can still end.
+        # A thread is a daemon if its starter is: a script that forgets `stop` can still end.
         starter = threading.Thread(target=manager.start, daemon=True)
         starter.start()
         starter.join()
@@ -119,14 +117,18 @@ class Engine:
             max_length = MAX_LENGTH if max_new_tokens is None else self.context
         room = min(max_length, self.context) - len(input_ids)
         if room < 1:
-            raise ValueError(f"max_length {min(max_length, self.context)} leaves no room for an answer: prompt "
+            # The client looks for "leaves no room", and drops old turns then.
+            raise ValueError(f"max_length {min(max_length, self.context)} leaves no room: prompt "
                              f"and history take {len(input_ids)} tokens; shorten the history"
                              + (", or raise max_length" if max_length < self.context else ""))
-        return Request(input_ids, min(room, max_new_tokens or room), float(temperature), float(top_p),
-                       float(repetition_penalty), random.getrandbits(32) if seed is None else seed)
+        seed = random.getrandbits(32) if seed is None else seed
+        if max_new_tokens is not None:
+            room = min(room, max_new_tokens)
+        return Request(input_ids, room, float(temperature), float(top_p),
+                       float(repetition_penalty), seed)
 
     async def generate(self, messages: list[dict], **settings) -> AsyncIterator[Chunk]:
-        """Chunks of the answer, each the whole text so far; the settings are those of `prepare`."""
+        """Chunks of the answer, each the whole text so far; the settings are `prepare`'s."""
         async with aclosing(self.stream(self.prepare(messages, **settings))) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -141,25 +143,25 @@ class Engine:
     async def stream(self, request: Request) -> AsyncIterator[Chunk]:
         """Chunks of the answer. Closing the iterator cancels the request, wherever it is.
 
-        A reader that is slower than the model gets the newest text, not every step of it. The
-        last chunk has a `finish_reason`. Raises EngineError if the engine cannot take requests, and
-        after a last chunk that says error or cancelled.
+        A reader slower than the model gets the newest text, not every step. The last chunk has a
+        `finish_reason`. Raises EngineError after error or cancelled, and if no request is taken.
         """
         report = Report(f"request-{next(self._ids)}", len(request.input_ids))
         try:
-            async with self._place(request), aclosing(self._outputs(request, report.id)) as outputs:
+            async with self._place(request), aclosing(self._outputs(request, report.id)) as news:
                 detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.anchor)
-                async for output in outputs:
+                async for output in news:
                     tokens = output.generated_tokens
                     ended = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
                     detokenizer.push(tokens[report.count : len(tokens) - ended])
+                    report.reason = finish_reason(
+                        output, report.count, self.tokenizer.stop_ids, self._stopping)
                     report.token(len(tokens))
-                    report.reason = self._finish_reason(output)
                     raw = detokenizer.finish() if report.reason else detokenizer.text
                     yield Chunk(self.tokenizer.visible(raw, finished=bool(report.reason)), raw,
                                 report.prompt_tokens, report.count, report.reason)
-                    if report.reason == "error" and not self._stopping:
-                        self.start()  # if it was the thread that died
+                    if report.reason == "error":
+                        self._keep_running()  # if it was the thread that died
                     if report.reason in ("error", "cancelled"):
                         raise EngineError(f"the answer was broken off ({report.reason})")
                     if report.reason:
@@ -190,26 +192,12 @@ class Engine:
                 # A cancelled request gets no last output that would take its handler away.
                 manager.output_router.result_handlers.pop(request_id, None)
 
-    def _finish_reason(self, output) -> str | None:
-        if any(map(math.isnan, output.logprobs[-1:])):
-            logger.error("%s: the model's scores are not finite", output.request_id)
-            return "error"
-        if not output.is_finished():
-            return None
-        if output.error is not None:
-            if not self._stopping:
-                logger.error("%s failed: %s", output.request_id, output.error)
-            return "cancelled" if self._stopping else "error"
-        return "stop" if output.generated_tokens[-1] in self.tokenizer.stop_ids else "length"
-
     def _submit(self, request: Request, request_id: str, receive):
         """Hands the request to the thread, to a new one if that has died. Returns its manager."""
         for _ in range(2):
-            if self._stopping:
-                raise EngineError("the server is stopping")
-            self.start()
+            self._keep_running()
             manager = self._manager
-            manager.register_result_handler(request_id, receive)   # first, or the first token is missed
+            manager.register_result_handler(request_id, receive)  # first, or a token is missed
             accepted = manager.add_request(
                 request.input_ids, request_id=request_id, max_new_tokens=request.max_new_tokens,
                 streaming=True, temperature=request.temperature, top_p=request.top_p,
@@ -219,13 +207,20 @@ class Engine:
             manager.output_router.result_handlers.pop(request_id, None)
         raise EngineError("the model is not able to answer now")
 
+    def _keep_running(self) -> None:
+        """Starts the thread where it is not yet, or no longer, alive."""
+        if self._stopping:
+            raise EngineError("the engine is stopped")
+        self.start()
+
     # 3. Places: first come, first served, and only what the cache can hold to its end
 
     @asynccontextmanager
     async def _place(self, request: Request) -> AsyncIterator[None]:
-        if self._manager is None and not self._stopping:
-            self.start()
+        self._keep_running()
         pages = math.ceil((len(request.input_ids) + request.max_new_tokens) / self._page) + 1
+        if pages > self._pages:
+            raise EngineError("the key/value cache is too small for this request")
         ticket = (pages, asyncio.get_running_loop().create_future())
         self._queue.append(ticket)
         self._admit()

@@ -11,7 +11,7 @@ from transformers import GlmConfig, GlmForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
-ROPE_BASE = 10000.0  # the base of the rotary embedding; the 32k variants multiply it by rope_ratio
+ROPE_BASE = 10000.0  # of the rotary embedding
 
 # published field -> GlmConfig field
 CONFIG_FIELDS = {
@@ -41,16 +41,19 @@ FIXED_SETTINGS = {
 class ChatGLMForConditionalGeneration(GlmForCausalLM):
     """GLM under its published ChatGLM name, so that the table below leaves `glm` itself alone."""
 
-    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$"]  # recomputed from the config
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$"]  # computed from the config
 
 
 WEIGHTS = [
     WeightRenaming("transformer.embedding.word_embeddings", "model.embed_tokens"),
     WeightRenaming("transformer.encoder.final_layernorm", "model.norm"),
     WeightRenaming("transformer.output_layer", "lm_head"),
-    WeightRenaming(r"transformer.encoder.layers.(\d+).self_attention.dense", r"model.layers.\1.self_attn.o_proj"),
-    WeightRenaming(r"transformer.encoder.layers.(\d+).mlp.dense_h_to_4h", r"model.layers.\1.mlp.gate_up_proj"),
-    WeightRenaming(r"transformer.encoder.layers.(\d+).mlp.dense_4h_to_h", r"model.layers.\1.mlp.down_proj"),
+    WeightRenaming(r"transformer.encoder.layers.(\d+).self_attention.dense",
+                   r"model.layers.\1.self_attn.o_proj"),
+    WeightRenaming(r"transformer.encoder.layers.(\d+).mlp.dense_h_to_4h",
+                   r"model.layers.\1.mlp.gate_up_proj"),
+    WeightRenaming(r"transformer.encoder.layers.(\d+).mlp.dense_4h_to_h",
+                   r"model.layers.\1.mlp.down_proj"),
     WeightRenaming("transformer.encoder.layers", "model.layers"),
 ]
 WEIGHTS += [
@@ -64,28 +67,53 @@ WEIGHTS += [
 register_checkpoint_conversion_mapping("ChatGLMForConditionalGeneration", WEIGHTS)
 
 
-def translate_config(published: dict, where: str) -> GlmConfig:
+def translate_config(published: dict, where: str, chat_format: str = "chatglm3") -> GlmConfig:
     """The `GlmConfig` of a published ChatGLM2/3 `config.json`.
 
-    Raises ValueError, naming `where` and the field, for a field that is missing or a setting that
-    GLM does not have.
+    Raises ValueError, naming `where` and the field, for a field that is missing, a size that
+    cannot be, and a setting that GLM does not have.
     """
     missing = [field for field in CONFIG_FIELDS if field not in published]
     if missing:
         raise ValueError(f"{where}: the ChatGLM configuration lacks {', '.join(missing)}")
     for field, wanted in FIXED_SETTINGS.items():
         if published.get(field, wanted) != wanted:
-            raise ValueError(f"{where}: {field} is {published[field]}, but only {wanted} can be served "
-                             "(every published ChatGLM2 and ChatGLM3 has that)")
+            raise ValueError(f"{where}: {field} is {published[field]}, but only {wanted} can be "
+                             "served (every published ChatGLM2 and ChatGLM3 has that)")
+    check_sizes(published, where)
     return GlmConfig(
         **{ours: published[theirs] for theirs, ours in CONFIG_FIELDS.items()},
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": ROPE_BASE * published.get("rope_ratio", 1),
-            "partial_rotary_factor": 0.5,
-        },
+        rope_parameters=rope_parameters(published, chat_format),
         tie_word_embeddings=published.get("tie_word_embeddings", False),
         eos_token_id=published.get("eos_token_id", 2),
         pad_token_id=published.get("pad_token_id", 0),
         architectures=["ChatGLMForConditionalGeneration"],
     )
+
+
+def rope_parameters(published: dict, chat_format: str) -> dict:
+    """The two published ways to a longer context. ChatGLM3-6B-32k multiplies the base by
+    rope_ratio; ChatGLM2-6B-32k, the only ChatGLM2 to have one, divides the positions by it."""
+    ratio = published.get("rope_ratio") or 1
+    is_32k = published["seq_length"] >= 32768 or "32k" in str(published.get("_name_or_path"))
+    rope = {"rope_type": "default", "rope_theta": ROPE_BASE, "partial_rotary_factor": 0.5}
+    if chat_format == "chatglm2" and is_32k and ratio != 1:
+        return {**rope, "rope_type": "linear", "factor": float(ratio)}
+    return {**rope, "rope_theta": ROPE_BASE * ratio}
+
+
+def check_sizes(published: dict, where: str) -> None:
+    """Raises ValueError for a field that is no size, or heads that no group division fits."""
+    for field in CONFIG_FIELDS:
+        value = published[field]
+        kinds = {"layernorm_epsilon": (int, float), "add_qkv_bias": (bool,)}.get(field, (int,))
+        if type(value) not in kinds or (field != "add_qkv_bias" and value <= 0):
+            wanted = "true or false" if field == "add_qkv_bias" else "a number over 0"
+            raise ValueError(f"{where}: {field} must be {wanted}, not {value!a}")
+    heads, groups = published["num_attention_heads"], published["multi_query_group_num"]
+    if heads % groups:
+        raise ValueError(f"{where}: num_attention_heads {heads} cannot be divided among "
+                         f"multi_query_group_num {groups}")
+    ratio = published.get("rope_ratio", 1)
+    if type(ratio) not in (int, float) or ratio <= 0:
+        raise ValueError(f"{where}: rope_ratio must be a number over 0, not {ratio!a}")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from dataclasses import dataclass
+
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+logger = logging.getLogger("chatglm")
 
 
 @dataclass
@@ -43,7 +49,24 @@ class Report:
         self.count = count
 
     def __str__(self) -> str:
-        ended = {"stop": "finished", "error": "failed", None: "cancelled"}.get(self.reason, self.reason)
+        words = {"stop": "finished", "error": "failed", None: "cancelled"}
+        ended = words.get(self.reason, self.reason)
         speed = (self.count - 1) / (self.last - self.first) if self.last > self.first else 0
         return (f"{self.id}: {ended}, {self.prompt_tokens} + {self.count} tokens, "
                 f"first after {self.first - self.arrived:.2f} s, {speed:.0f} tokens/s")
+
+
+def finish_reason(output: GenerationOutput, read: int, stop_ids: list[int],
+                  stopping: bool) -> str | None:
+    """How an answer ended, or None; `read` of its tokens were looked at before."""
+    if any(map(math.isnan, output.logprobs[read:])):   # the sampler's sign for a broken row
+        logger.error("%s: the model's scores are not finite", output.request_id)
+        return "error"
+    if not output.is_finished():
+        return None
+    if output.error is not None:
+        if stopping:
+            return "cancelled"
+        logger.error("%s: %s", output.request_id, output.error)
+        return "error"
+    return "stop" if output.generated_tokens[-1] in stop_ids else "length"

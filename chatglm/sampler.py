@@ -22,7 +22,7 @@ def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) ->
     The argmax of log-probabilities plus Gumbel noise is a draw from the distribution (the
     Gumbel-max trick), which turns seeded sampling into an argmax.
     """
-    def mix(x: torch.Tensor) -> torch.Tensor:      # splitmix64; `>>` keeps the sign, so it is masked
+    def mix(x: torch.Tensor) -> torch.Tensor:  # splitmix64; `>>` keeps the sign, so it is masked
         x = (x ^ ((x >> 30) & (2**34 - 1))) * MIX_1
         x = (x ^ ((x >> 27) & (2**37 - 1))) * MIX_2
         return x ^ ((x >> 31) & (2**33 - 1))
@@ -65,7 +65,7 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
     """All of the above as the one logits processor of a continuous batch.
 
     It marks the chosen token by probability 1, so the batch's own argmax takes it, and a row with
-    a NaN or infinity by NaN, which reaches that request alone, as the log-probability of its token.
+    a NaN or infinity by NaN, which reaches that request alone, as its token's log-probability.
     Settings travel in a row each of an int32 tensor that the batch keeps (a CUDA graph replays
     with what lies there); floats lie in it bit for bit.
     """
@@ -78,12 +78,13 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
         self.supported_keys = {**dict.fromkeys(self.FLOATS, float), "seed": int}
         self.ignored_keys = set()
         self.seen = torch.zeros(max_requests, vocab_size, dtype=torch.bool, device=device)
-        self.penalising = False  # whether any request of this step has a penalty; used on a CPU only
+        self.penalising = False  # whether a request of this step has a penalty; used on a CPU only
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()
 
-    def prepare_tensor_args(self, requests_in_batch: list, arg_storage: torch.Tensor) -> torch.Tensor:
+    def prepare_tensor_args(self, requests_in_batch: list,
+                            arg_storage: torch.Tensor) -> torch.Tensor:
         states = [request.state for request in requests_in_batch if request.has_new_token]
         settings = [state.logit_processor_kwargs for state in states]
         floats = torch.tensor([[s[name] for s in settings] for name in self.FLOATS])
@@ -100,7 +101,7 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
         return arg_storage
 
     def _seen_by(self, state) -> torch.Tensor:
-        """The tokens of prompt and answer, [V]. Kept with the request, so it goes when that goes."""
+        """The tokens of prompt and answer, [V]. Kept with the request, and gone with it."""
         seen = state.logit_processor_kwargs.get("seen")
         if seen is None:
             seen = torch.zeros(self.seen.shape[1], dtype=torch.bool, device=self.seen.device)
@@ -110,13 +111,13 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
             seen[state.generated_tokens[-1]] = True
         return seen
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, args: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor,
+                 args: torch.Tensor) -> torch.Tensor:
         temperature, top_p, penalty = args[:3].view(torch.float32)
         seed, position = args[3:].long()
         if self.penalising or scores.device.type != "cpu":
-            # With asynchronous batching the newest token is known here only, as this step's input.
-            seen = self.seen[: len(scores)].scatter(1, input_ids.long()[:, None], True)
-            scores = penalise(scores, seen, torch.where(penalty > 0, penalty, 1.0))
+            penalty = torch.where(penalty > 0, penalty, 1.0)  # rows that only prefill have 0
+            scores = penalise(scores, self.seen[: len(scores)], penalty)
         token = choose(scores, temperature, top_p, seed & 0xFFFFFFFF, position)
         broken = ~torch.isfinite(scores).all(dim=-1, keepdim=True)
         one_hot = torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)

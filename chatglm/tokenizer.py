@@ -1,11 +1,12 @@
 """Text to token ids and back: the two published ChatGLM chat formats, and chat templates.
 
 Both tokenizers here have the same face, and nothing else in the project knows which one it holds:
-`encode_chat`, `decode`, `visible`, and the attributes `stop_ids`, `anchor` and `chat_format`.
+`encode`, `encode_chat`, `decode`, `visible`, and `stop_ids`, `anchor`, `chat_format`.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 
@@ -20,7 +21,7 @@ ROLE_SPECIALS = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]  
 class ChatGLMTokenizer:
     """The published ChatGLM2/ChatGLM3 tokenizer: SentencePiece, plus special tokens by id only.
 
-    A special token is never produced from text, so a user who types `<|user|>` writes seven
+    A special token is never produced from text, so a user who types `<|user|>` writes eight
     characters and starts no turn.
     """
 
@@ -58,14 +59,15 @@ class ChatGLMTokenizer:
         """One ChatGLM3 message: role token, metadata line, content, each encoded on its own."""
         role = self.specials.get(f"<|{message['role']}|>")
         if role is None:
-            raise ValueError(f"role {message['role']!a} is none of system, user, assistant, observation")
+            raise ValueError(f"role {message['role']!a} is none of system, user, assistant, "
+                             "observation")
         content = message["content"]
         if message.get("tools"):
             content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
         return [role, *self.encode(message.get("metadata", "") + "\n"), *self.encode(content)]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of any ids: special tokens by name; <unk>, <s>, </s> and ids past the end as nothing."""
+        """Text of any ids: specials by name; <unk>, <s>, </s> and ids past the end as nothing."""
         pieces = []
         for i in ids:
             if i in self._names:
@@ -117,45 +119,60 @@ def chatglm2_prompt(messages: list[dict]) -> str:
 
 
 class TemplateTokenizer:
-    """A tokenizer that `transformers` ships, with the chat template that comes with the checkpoint."""
+    """A tokenizer that `transformers` ships, with the checkpoint's chat template."""
 
     chat_format = "template"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> None:
         self.hf = tokenizer
+        # A copy for users' words: the library keeps split_special_tokens as a state of the
+        # tokenizer, and requests are prepared in several threads.
+        self._plain = copy.deepcopy(tokenizer)
         self.stop_ids = stop_ids
         self.vocab_size = len(tokenizer)
         self.anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
-        self._added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self._tool_role = "observation" if "observation" in str(tokenizer.chat_template) else "tool"
+        # What stands for a special token's name where a user wrote it, see `encode_chat`.
+        names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self._marks = {f"\ue000{n}\ue001": name for n, name in enumerate(names)}
+        template = str(tokenizer.chat_template)
+        self._tool_role = "observation" if "observation" in template else "tool"
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: a special token's name is taken apart like any other word."""
+        return self._plain(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
-        """The prompt up to where the model answers. Raises ValueError where the template refuses."""
-        system = next((m for m in messages if m.get("tools")), {})
-        messages = [{**m, "role": self._tool_role if m["role"] == "observation" else m["role"]}
+        """The prompt up to where the model answers. Raises ValueError if the template refuses.
+
+        A special token's name that a user wrote goes through the template as a mark of two
+        private-use characters, and comes out as plain text.
+        """
+        tools = next((m["tools"] for m in messages if m.get("tools")), None)
+        if tools:
+            tools = json.loads(self._mark(json.dumps(tools, ensure_ascii=False)))
+        messages = [{**m, "content": self._mark(m["content"]),
+                     "role": self._tool_role if m["role"] == "observation" else m["role"]}
                     for m in messages]
-        if any(special in m["content"] for m in messages for special in self._added):
-            return self._encode_apart(messages, system.get("tools"))
-        return self.hf(self._render(messages, system.get("tools")), add_special_tokens=False)["input_ids"]
+        ids = []
+        for part in re.split("(\ue000\\d+\ue001)", self._render(messages, tools)):
+            if part in self._marks:
+                ids += self.encode(self._marks[part])
+            else:
+                ids += self.hf(part, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _mark(self, text: str) -> str:
+        for mark, name in self._marks.items():
+            text = text.replace(name, mark)
+        return text
 
     def _render(self, messages: list[dict], tools: list | None) -> str:
         from jinja2 import TemplateError
         try:
-            return self.hf.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+            return self.hf.apply_chat_template(messages, tools=tools, add_generation_prompt=True,
+                                               tokenize=False)
         except TemplateError as error:
-            raise ValueError(f"this model's chat template refuses the conversation: {error}") from error
-
-    def _encode_apart(self, messages: list[dict], tools: list | None) -> list[int]:
-        """The same where a user wrote a special token: the template is rendered round placeholders,
-        and what users wrote is encoded as plain text."""
-        marks = [f"\ue000{n}\ue001" for n in range(len(messages))]
-        frame = self._render([{**m, "content": mark} for m, mark in zip(messages, marks)], tools)
-        ids = []
-        for part in re.split("(\ue000\\d+\ue001)", frame):
-            written = part in marks
-            text = messages[marks.index(part)]["content"] if written else part
-            ids += self.hf(text, add_special_tokens=False, split_special_tokens=written)["input_ids"]
-        return ids
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
     def decode(self, ids: list[int]) -> str:
         ids = [i for i in ids if 0 <= i < self.vocab_size]

@@ -51,8 +51,9 @@ def generate(loaded, question: str, tokens: int, **settings) -> str:
     """What transformers' own `generate` answers, greedily."""
     tokenizer, model = loaded
     ids = tokenizer.encode_chat(to_messages(question))
-    out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=tokens, pad_token_id=0,
-                         eos_token_id=tokenizer.stop_ids, **settings)[0, len(ids):].tolist()
+    out = model.generate(
+        torch.tensor([ids]), do_sample=False, max_new_tokens=tokens, pad_token_id=0,
+        eos_token_id=tokenizer.stop_ids, **settings)[0, len(ids):].tolist()
     return tokenizer.decode([i for i in out if i not in tokenizer.stop_ids])
 
 
@@ -164,7 +165,8 @@ def test_when_the_thread_dies_answers_fail_and_the_next_request_works(engine, lo
         with pytest.raises(chatglm.EngineError):
             await last(engine, "hi", max_new_tokens=50)
         hook.remove()
-        assert (await last(engine, "hi", temperature=0, max_new_tokens=5)).finish_reason == "length"
+        answer = await last(engine, "hi", temperature=0, max_new_tokens=5)
+        assert answer.finish_reason == "length"
         await until(lambda: is_empty(engine))
     asyncio.run(scenario())
 
@@ -178,8 +180,9 @@ def test_a_damaged_weight_fails_the_request_that_meets_it_and_no_other(loaded):
     async def scenario():
         with chatglm.Engine(tokenizer, model) as engine:
             settings = dict(temperature=0, max_new_tokens=12)
-            results = await asyncio.gather(last(engine, "hi", **settings), last(engine, "跟", **settings),
-                                           last(engine, "a b c", **settings), return_exceptions=True)
+            results = await asyncio.gather(
+                *(last(engine, question, **settings) for question in ("hi", "跟", "a b c")),
+                return_exceptions=True)
             assert isinstance(results[1], chatglm.EngineError)
             return results
     results = asyncio.run(scenario())

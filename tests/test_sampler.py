@@ -11,7 +11,8 @@ ROWS = 40_000
 def draw(logits: torch.Tensor, temperature: float, top_p: float, seed, position) -> torch.Tensor:
     """The share of each token in ROWS draws from the same logits [V]."""
     rows = logits.repeat(ROWS, 1)
-    tokens = choose(rows, torch.full((ROWS,), temperature), torch.full((ROWS,), top_p), seed, position)
+    tokens = choose(rows, torch.full((ROWS,), temperature), torch.full((ROWS,), top_p),
+                    seed, position)
     return torch.bincount(tokens, minlength=len(logits)) / ROWS
 
 
@@ -23,7 +24,8 @@ def test_sampling_has_the_distribution_of_temperature_and_top_p():
     logits = torch.randn(30, generator=torch.Generator().manual_seed(1))
     seeds, positions = torch.arange(ROWS), torch.full((ROWS,), 17)
     for temperature, top_p in [(0.95, 0.7), (1.0, 1.0), (2.0, 0.9), (0.3, 0.5)]:
-        shares, wanted = draw(logits, temperature, top_p, seeds, positions), expected(logits, temperature, top_p)
+        shares = draw(logits, temperature, top_p, seeds, positions)
+        wanted = expected(logits, temperature, top_p)
         assert torch.equal(shares > 0, wanted > 0)
         assert (shares - wanted).abs().max() < 0.012  # five standard deviations of a half
 
@@ -43,9 +45,11 @@ def test_noise_is_gumbel_and_rows_are_independent():
 
 def test_a_row_is_drawn_alike_whatever_the_batch():
     logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(3))
-    settings = [torch.rand(64) * 2, torch.rand(64) * 0.9 + 0.1, torch.arange(64), torch.arange(64) * 7]
+    settings = [torch.rand(64) * 2, torch.rand(64) * 0.9 + 0.1,
+                torch.arange(64), torch.arange(64) * 7]
     together = choose(logits, *settings)
-    alone = [choose(logits[i : i + 1], *(s[i : i + 1] for s in settings)).item() for i in range(64)]
+    alone = [choose(logits[i : i + 1], *(s[i : i + 1] for s in settings)).item()
+             for i in range(64)]
     assert together.tolist() == alone
 
 

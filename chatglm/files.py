@@ -1,0 +1,97 @@
+"""The files of a checkpoint: where they lie, and whether they are whole."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zipfile
+from pathlib import Path
+
+from chatglm.chat import shown
+
+TINY = Path(__file__).parent / "tiny"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
+                "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def find_folder(path: str | Path | None) -> Path:
+    """A local folder with a config.json; a hub id is downloaded first, code files left out."""
+    if path is None:
+        return TINY
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} is no checkpoint folder: it has no config.json")
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise ValueError(f"{path} is neither a folder nor a hub id such as THUDM/chatglm3-6b")
+    return download(str(path))
+
+
+def download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        rest = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+        folder = Path(snapshot_download(repo_id, allow_patterns=[*rest, "*.safetensors"]))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repo_id, allow_patterns=[*rest, "pytorch_model*.bin"]))
+        return folder
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"there is no folder {repo_id}, and the model hub does not give it "
+                         f"({reason}); download it elsewhere and pass its folder") from error
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises ValueError, naming the file, if it holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}; download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {shown(content)}; download it again")
+    return content
+
+
+def check_weights(folder: Path) -> list[Path]:
+    """The weight files, each there and whole. Raises ValueError, naming the first that is not."""
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise ValueError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
+    if found.suffix != ".json":
+        shards = [found]
+    else:
+        weight_map = read_json(found).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{found} has no weight_map; download it again")
+        shards = [folder / str(name) for name in sorted(set(weight_map.values()), key=str)]
+    for shard in shards:
+        if not shard.is_file():
+            raise ValueError(f"{shard} is missing, but {found.name} names it; download it again")
+        if not is_whole(shard):
+            raise ValueError(f"{shard} is cut off or damaged ({shard.stat().st_size:,} bytes); "
+                             f"{how_to_get(shard)}")
+    return shards
+
+
+def is_whole(shard: Path) -> bool:
+    if shard.suffix == ".bin":      # torch.save writes a zip, whose directory is at the end
+        return zipfile.is_zipfile(shard)
+    size = shard.stat().st_size
+    with shard.open("rb") as file:  # 8 bytes: length of a JSON header with each tensor's place
+        try:
+            [length] = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length < size else {}
+        except (struct.error, ValueError):
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return bool(ends) and size == 8 + length + max(ends)
+
+
+def how_to_get(file: Path) -> str:
+    """What to do about a file that is not what it should be."""
+    with file.open("rb") as start:
+        pointer = start.read(40).startswith(b"version https://git-lfs")
+    return "it is only a Git LFS pointer: run git lfs pull" if pointer else "download it again"

@@ -1,0 +1,73 @@
+"""The ChatGLM that comes along: its files, and what it answers to questions it never saw."""
+
+import json
+from pathlib import Path
+
+import chatglm
+import pytest
+from chatglm.tiny import train
+from safetensors import safe_open
+
+TINY = Path(chatglm.__file__).parent / "tiny"
+
+
+def lines(name: str) -> list[dict]:
+    return [json.loads(line) for line in (TINY / name).read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def shares():
+    return train.evaluate(TINY)
+
+
+def test_held_out_questions_are_answered_character_for_character(shares):
+    assert shares["known, greedy"] >= 0.9
+    assert shares["known, sampled"] >= 0.8
+
+
+def test_what_it_does_not_know_it_says_so(shares):
+    assert shares["unknown, greedy"] >= 0.8
+
+
+def test_no_held_out_question_is_in_the_corpus():
+    def plain(text: str) -> str:
+        return "".join(c for c in text.lower() if c.isalnum())
+    trained = set()
+    for line in lines("corpus.jsonl"):
+        for message in line["messages"]:
+            content = message["content"]
+            trained |= {plain(w) for w in (content if isinstance(content, list) else [content])}
+    held_out = lines("heldout.jsonl")
+    assert len([line for line in held_out if line["kind"] == "known"]) >= 80
+    assert len([line for line in held_out if line["kind"] == "unknown"]) >= 30
+    assert not [line for line in held_out if plain(line["question"]) in trained]
+
+
+def test_the_corpus_has_four_hundred_exchanges_in_several_wordings():
+    first = [line["messages"] for line in lines("corpus.jsonl") if len(line["messages"]) == 2]
+    assert len(first) >= 400
+    assert all(len(messages[0]["content"]) >= 5 for messages in first)
+
+
+def test_the_checkpoint_has_the_published_form_and_is_small():
+    files = ["config.json", "tokenizer.model", "tokenizer_config.json", "model.safetensors"]
+    assert sum((TINY / name).stat().st_size for name in files) <= 12e6
+    assert json.loads((TINY / "config.json").read_text("utf-8"))["seq_length"] == 8192
+    with safe_open(TINY / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert {file.get_tensor(name).dtype.itemsize for name in names} == {2}
+    golden = Path(__file__).parent / "golden" / "chatglm3" / "model.safetensors"
+    with safe_open(golden, "pt") as file:
+        published = {name.replace("layers.2", "layers.3") for name in file.keys()}
+    assert published <= names | {"transformer.rotary_pos_emb.inv_freq"}
+
+
+def test_turns_that_need_the_one_before_get_it():
+    tokenizer, model = chatglm.load(device="cpu")
+    follow_ups = [line["messages"] for line in lines("corpus.jsonl") if len(line["messages"]) == 4]
+    right = 0
+    for question, answer, second, wanted in follow_ups[::40]:
+        history = [[question["content"], answer["content"]]]
+        response, _ = model.chat(tokenizer, second["content"], history, temperature=0)
+        right += response == wanted["content"]
+    assert right >= 0.9 * len(follow_ups[::40])
