@@ -218,8 +218,8 @@ async def about(request: Request) -> str:
 class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await asyncio.to_thread(app.state.engine.stop)  # so that answers under way break off
-        for connection in list(self.server_state.connections):  # and who reads no more, or never
-            asyncio.get_running_loop().call_later(0.5, connection.transport.abort)  # ends, goes too
+        for connection in list(self.server_state.connections):  # also of who reads no more
+            asyncio.get_running_loop().call_later(0.5, connection.transport.abort)
         await super().shutdown(sockets)
 
 

@@ -9,9 +9,9 @@ Ctrl-C stops an answer, on the server too; what was said so far stays. It needs 
 
 import argparse
 import codecs
+import json
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 
@@ -28,7 +28,6 @@ class Broken(Exception):
 
 def frames(chunks: Iterable[bytes]) -> Iterator[str]:
     """The text so far, each time it has grown, however the network cut or joined the bytes.
-
     >>> list(frames([b"<^>He<^>Hel", b"lo<", b"^>Hello!"]))
     ['Hel', 'Hello', 'Hello!']
     """
@@ -38,7 +37,7 @@ def frames(chunks: Iterable[bytes]) -> Iterator[str]:
         frame = frame[max(0, frame.rfind(MARKER)):]
         # Held back: bytes of a character, or of a marker, whose rest has not arrived.
         text = codecs.utf_8_decode(frame.removeprefix(MARKER), "replace", False)[0]
-        text = unescape(text.removesuffix("<^").removesuffix("<"))
+        text = unescape(re.sub("<(\\^\u200b*)?$", "", text))
         if not shown.startswith(text):  # the beginning of a frame is no news
             yield (shown := text)
     text = unescape(frame.removeprefix(MARKER).decode("utf-8", "replace"))
@@ -47,7 +46,9 @@ def frames(chunks: Iterable[bytes]) -> Iterator[str]:
 
 
 def unescape(text: str) -> str:
-    """Takes out the zero-width space that the server puts into each `<^>` of the text itself."""
+    """Takes out the zero-width space that the server puts into each `<^>` of the text itself, and
+    control characters, with which a text could move the cursor or clear the screen."""
+    text = re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "", text)
     return re.sub("<\\^(\u200b*)\u200b>", "<^\\1>", text)
 
 
@@ -66,8 +67,8 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Iterator[str
                 if response.status_code == 200:
                     yield from frames(response.iter_content(chunk_size=None))
                     return
-                is_json = "json" in response.headers.get("Content-Type", "")
-                refusal = response.json().get("detail") if is_json else response.text[:200]
+                detail = re.search(r'"detail": *"((?:[^"\\]|\\.)*)"', response.text)
+                refusal = json.loads(f'"{detail[1]}"') if detail else response.text[:200]
                 if not history or "leaves no room" not in refusal:
                     raise Broken(f"{refusal} (HTTP {response.status_code})")
             del history[0]
@@ -75,7 +76,7 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Iterator[str
     except requests.exceptions.ChunkedEncodingError as error:
         raise Broken("回答不完整，连接断了 (incomplete: the connection broke off)") from error
     except requests.exceptions.ConnectionError as error:
-        raise Broken(f"{args.url} 没有服务器 (no server there). 启动 start it: python api.py") from error
+        raise Broken(f"{args.url} 没有服务器，请运行 (no server, start it): python api.py") from error
     except requests.exceptions.RequestException as error:
         raise Broken(str(error)) from error
 
@@ -98,19 +99,18 @@ def show_markdown(texts: Iterator[str], heard: list[str]) -> None:
     from rich.console import Console
     from rich.live import Live
     from rich.segment import SegmentLines
-    console, done, drawn = Console(), 0, 0.0  # done: how many characters are printed for good
+    console, done = Console(), 0  # done: how many characters are printed for good
+    console.width -= 3  # room for the ^C that terminals write where the cursor is
+
+    def tail() -> SegmentLines:  # of a block taller than the screen, its lower end
+        lines = console.render_lines(markdown(heard[0][done:]), pad=False)
+        return SegmentLines(lines[2 - console.height:], new_lines=True)
     try:
-        with Live(console=console, auto_refresh=False, transient=True) as live:
+        with Live(get_renderable=tail, console=console, refresh_per_second=15, transient=True):
             for heard[0] in texts:
-                if time.monotonic() < drawn + 1 / 15:  # a new picture 15 times a second
-                    continue
-                if finished := finished_blocks(heard[0][done:]):
-                    console.print(markdown(heard[0][done : done + finished]), "")
-                    done += finished
-                # Of a block taller than the screen, its lower end.
-                lines = console.render_lines(markdown(heard[0][done:]), pad=False)
-                live.update(SegmentLines(lines[2 - console.height:], new_lines=True), refresh=True)
-                drawn = time.monotonic()
+                if length := finished_blocks(heard[0][done:]):
+                    block, done = heard[0][done : done + length], done + length
+                    console.print(markdown(block), "")
     finally:
         if heard[0][done:].strip():
             console.print(markdown(heard[0][done:]))
@@ -158,7 +158,7 @@ def converse(args: argparse.Namespace, show: Callable) -> int:
     if find_spec("readline"):  # arrow keys, and a backspace that knows how wide 字 is
         import readline  # noqa: F401
     history: list[list[str]] = []
-    print("clear 清空对话 forgets; stop, Ctrl-D 退出 leaves; Ctrl-C 停止回答 stops an answer")
+    print("clear 清空 forgets, stop 退出 leaves, Ctrl-C 停止回答 stops an answer")
     while True:
         try:
             print()

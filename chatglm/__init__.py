@@ -5,7 +5,7 @@
     engine = chatglm.Engine(tokenizer, model)                # for a server
 
 Reading order: glm.py, tokenizer.py, device.py, files.py, checkpoint.py,
-detokenizer.py, chat.py, sampler.py, request.py, engine.py.
+detokenizer.py, chat.py, sampler.py, request.py, places.py, engine.py.
 """
 
 from chatglm.checkpoint import load

@@ -81,8 +81,8 @@ def check_order(messages: list[dict]) -> None:
         if before not in FOLLOWS[role]:
             place = f"history[{i}]" if i + 1 < len(messages) else "prompt"
             after = f"after {before!r}" if before else "at the beginning"
-            raise ValueError(f"{place}: role {role!r} cannot stand {after}; system may come first, "
-                             "then user and assistant in turn, observation after assistant")
+            raise ValueError(f"{place}: role {role!r} cannot stand {after}; system may come "
+                             "first, then user and assistant, observation after assistant")
         before = role
 
 
@@ -105,8 +105,9 @@ def extend_history(history: list | None, prompt: str, response: str, role: str =
     """`history` with this turn added, in the form it came in (pairs when it was empty)."""
     history = list(history or [])
     if history and isinstance(history[0], dict):
+        metadata = {"metadata": ""} if any("metadata" in turn for turn in history) else {}
         return [*history, {"role": role, "content": prompt},
-                {"role": "assistant", "metadata": "", "content": response}]
+                {"role": "assistant", **metadata, "content": response}]
     return [*history, [prompt, response]]
 
 

@@ -32,8 +32,8 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: str = "aut
     `path` is a local folder (the network is then never asked), a hub id such as
     `THUDM/chatglm3-6b`, or None for the bundled tiny ChatGLM. `device` is auto (CUDA, else CPU),
     cuda, cuda:1, mps or cpu. `dtype` is auto (on a GPU bfloat16 if it has it, else float16; on a
-    CPU float32), bfloat16, float16 or float32. `chat_format` overrides what the files say: chatglm2,
-    chatglm3 or template. Raises ValueError for what cannot be served.
+    CPU float32), bfloat16, float16 or float32. `chat_format` overrides what the files say:
+    chatglm2, chatglm3 or template. Raises ValueError for what cannot be served.
     """
     target = pick_device(device)
     folder = find_folder(path)

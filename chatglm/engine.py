@@ -12,15 +12,16 @@ import logging
 import math
 import random
 import threading
-from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 
 from transformers import GenerationConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from chatglm.chat import extend_history, to_messages
 from chatglm.device import cache_config
 from chatglm.detokenizer import Detokenizer
+from chatglm.places import Places
 from chatglm.request import Chunk, Report, Request, finish_reason
 from chatglm.sampler import Sampler
 
@@ -43,10 +44,9 @@ class Engine:
     def __init__(self, tokenizer, model, max_concurrency: int = 64) -> None:
         self.tokenizer, self.model = tokenizer, model
         self.max_concurrency = max_concurrency
-        self.active = 0
+        self._places = Places(max_concurrency)
         self._manager = None
-        self._page = self._pages = self._reserved = 0  # tokens in a page; pages in all, promised
-        self._queue: deque[tuple[int, asyncio.Future]] = deque()
+        self._page = 0  # tokens in a page of the cache
         self._ids = itertools.count()
         self._stopping = False
         self.context = model.config.max_position_embeddings  # tokens; less if the cache is smaller
@@ -54,8 +54,12 @@ class Engine:
     # 1. Start and stop
 
     @property
+    def active(self) -> int:
+        return self._places.active
+
+    @property
     def waiting(self) -> int:
-        return len(self._queue)
+        return len(self._places.queue)
 
     @property
     def running(self) -> bool:
@@ -80,8 +84,9 @@ class Engine:
             model.config.vocab_size, self.max_concurrency, model.device)
         manager.warmup()  # builds the cache here, so that a lack of memory shows at start-up
         self._page = manager.continuous_batching_config.page_size
-        self._pages = manager.batch_processor.cache.num_blocks
-        self.context = min(model.config.max_position_embeddings, (self._pages - 1) * self._page)
+        self._places.pages = manager.batch_processor.cache.num_blocks
+        capacity = (self._places.pages - 1) * self._page
+        self.context = min(model.config.max_position_embeddings, capacity)
         self._manager = manager
         # A thread is a daemon if its starter is: a script that forgets `stop` can still end.
         starter = threading.Thread(target=manager.start, daemon=True)
@@ -148,7 +153,9 @@ class Engine:
         """
         report = Report(f"request-{next(self._ids)}", len(request.input_ids))
         try:
-            async with self._place(request), aclosing(self._outputs(request, report.id)) as news:
+            self._keep_running()
+            async with (self._places.take(self._pages_for(request)) as give_back,
+                        aclosing(self._outputs(request, report.id, give_back)) as news):
                 detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.anchor)
                 async for output in news:
                     tokens = output.generated_tokens
@@ -169,7 +176,8 @@ class Engine:
         finally:
             logger.info("%s", report)
 
-    async def _outputs(self, request: Request, request_id: str) -> AsyncIterator:
+    async def _outputs(self, request: Request, request_id: str,
+                       give_back: Callable[[], None]) -> AsyncIterator[GenerationOutput]:
         """What the thread reports of a request, the newest only."""
         newest, arrived = None, asyncio.Event()
 
@@ -177,6 +185,8 @@ class Engine:
             nonlocal newest
             newest = output
             arrived.set()
+            if output.is_finished():  # a reader that reads no more must not keep others out
+                give_back()
 
         manager = self._submit(request, request_id, receive)
         try:
@@ -207,39 +217,15 @@ class Engine:
             manager.output_router.result_handlers.pop(request_id, None)
         raise EngineError("the model is not able to answer now")
 
+    def _pages_for(self, request: Request) -> int:
+        """Pages of the cache that the request may fill to its end, and one it may share."""
+        pages = math.ceil((len(request.input_ids) + request.max_new_tokens) / self._page) + 1
+        if pages > self._places.pages:  # prepared before a restart that found less memory
+            raise EngineError("the key/value cache is too small for this request")
+        return pages
+
     def _keep_running(self) -> None:
         """Starts the thread where it is not yet, or no longer, alive."""
         if self._stopping:
             raise EngineError("the engine is stopped")
         self.start()
-
-    # 3. Places: first come, first served, and only what the cache can hold to its end
-
-    @asynccontextmanager
-    async def _place(self, request: Request) -> AsyncIterator[None]:
-        self._keep_running()
-        pages = math.ceil((len(request.input_ids) + request.max_new_tokens) / self._page) + 1
-        if pages > self._pages:
-            raise EngineError("the key/value cache is too small for this request")
-        ticket = (pages, asyncio.get_running_loop().create_future())
-        self._queue.append(ticket)
-        self._admit()
-        try:
-            await ticket[1]
-            yield
-        finally:
-            if ticket in self._queue:
-                self._queue.remove(ticket)
-            else:
-                self.active -= 1
-                self._reserved -= pages
-            self._admit()
-
-    def _admit(self) -> None:
-        while (self._queue and self.active < self.max_concurrency
-               and self._reserved + self._queue[0][0] <= self._pages):
-            pages, turn = self._queue.popleft()
-            self.active += 1
-            self._reserved += pages
-            if not turn.done():
-                turn.set_result(None)

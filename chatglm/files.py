@@ -51,7 +51,7 @@ def read_json(file: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}; download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {shown(content)}; download it again")
+        raise ValueError(f"{file} must hold a JSON object, not {shown(content)}; get it again")
     return content
 
 

@@ -524,7 +524,7 @@ def test_weights_of_another_network_than_the_config_says_are_refused(copy_of, ch
 @pytest.mark.parametrize("changes", [{"kv_channels": 8}, {"num_layers": 4}, {"hidden_size": 128}],
                          ids=str)
 def test_a_refusal_says_all_there_is_to_say(copy_of, changes):
-    """Whoever starts a server with such a checkpoint is to read one line, not a library's report."""
+    """Whoever starts a server with it is to read one line, not a library's report."""
     said, handler = [], logging.Handler()
     handler.emit = said.append
     transformers.logging.add_handler(handler)

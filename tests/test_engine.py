@@ -43,8 +43,8 @@ async def until(condition, seconds=20):
 def is_empty(engine) -> bool:
     """Nothing is left of any request: no place, no page, no state, no handler."""
     scheduler = engine._manager.batch_processor.scheduler
-    return not (engine.active or engine.waiting or engine._reserved or scheduler.active_requests
-                or scheduler.waiting_requests or engine._manager.output_router.result_handlers)
+    return not (engine.active or engine.waiting or engine._places.reserved
+                or scheduler.active_requests or scheduler.waiting_requests or engine._manager.output_router.result_handlers)
 
 
 def generate(loaded, question: str, tokens: int, **settings) -> str:

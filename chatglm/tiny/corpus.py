@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import random
 import re
+from dataclasses import dataclass
 
 import sentencepiece
 import torch
@@ -16,14 +17,20 @@ import torch
 from chatglm.tokenizer import ChatGLMTokenizer
 
 PIECES = 2400  # SentencePiece vocabulary; the special tokens come after it
-# Kinds of batch: how many conversations, how long each grows and where its first answer is cut
-# off, in tokens, and how often an exchange is one that refers to the exchange before. Mostly first
-# questions and how their answers begin, because to recognise the question is what is hard; some
-# long conversations, so that the last question is found at any depth.
-BATCHES = [(64, 0, 14, 0.0), (24, 0, 120, 0.6), (8, 400, None, 0.3), (2, 1600, None, 0.3)]
-BATCH_SHARES = [0.6, 0.2, 0.12, 0.08]
 BLANK = 0.05  # how many pieces of a question are blanked out, so that no single one decides
 SYSTEM = 0.1  # how often a conversation opens with a system message
+LONG = 250  # characters; answers that are longer come up four times as often
+
+
+@dataclass
+class Batch:
+    """A kind of batch: what it holds, and how often it comes up."""
+
+    rows: int                  # conversations
+    share: float               # how often, among the kinds of a phase
+    follow_up: float           # how often an exchange is one that refers to the exchange before
+    length: int = 0            # a conversation grows until it has so many tokens
+    cut: int | None = None     # tokens of the last answer of one that does not grow
 
 
 class Corpus:
@@ -42,12 +49,13 @@ class Corpus:
                 self.systems += self.wordings[messages[0]["content"]]
             elif len(messages) == 2:
                 self.first.append(messages)
-                self.weights.append(len(self.wordings[messages[0]["content"]]))
+                practice = 4 if len(messages[1]["content"]) > LONG else 1
+                self.weights.append(practice * len(self.wordings[messages[0]["content"]]))
             else:
                 self.follow_ups.append(messages)
 
     def exchange(self, follow_up: float) -> list[dict]:
-        """A question with its answer; with that probability, a pair whose second needs the first."""
+        """A question with its answer; with that probability, two, the second needing the first."""
         if self.random.random() < follow_up:
             messages = self.random.choice(self.follow_ups)
         else:
@@ -98,7 +106,7 @@ def train_tokenizer(texts: list[str]) -> bytes:
 
 
 def encode(tokenizer: ChatGLMTokenizer, messages: list[dict], draw: random.Random,
-           answer_tokens: int | None = None) -> tuple[list, list]:
+           cut: int | None = None) -> tuple[list, list]:
     """Ids of a conversation, and for each whether the model learns to say it: answers, and
     <|user|> as their end. Users' words are cut in another way each time (BPE dropout)."""
     ids = [tokenizer.specials["[gMASK]"], tokenizer.specials["sop"]]
@@ -109,30 +117,31 @@ def encode(tokenizer: ChatGLMTokenizer, messages: list[dict], draw: random.Rando
             pieces = tokenizer.sp.encode(message["content"], enable_sampling=True, alpha=0.1)
             new = new[:3] + [0 if draw.random() < BLANK else i for i in pieces]
         answer = message["role"] == "assistant"
-        if answer and message is messages[-1] and answer_tokens and len(new) > answer_tokens:
-            return ids + new[:answer_tokens], learn + [False] + [True] * (answer_tokens - 1)
+        if answer and message is messages[-1] and cut and len(new) > cut:
+            return ids + new[:cut], learn + [False] + [True] * (cut - 1)
         ids += new
         learn += [message["role"] == "user" and len(learn) > 2] + [answer] * (len(new) - 1)
     return ids + [tokenizer.specials["<|user|>"]], learn + [True]
 
 
-def draw_batch(corpus: Corpus, tokenizer: ChatGLMTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids [batch, length], padded on the right, and which of them to learn."""
-    [(size, length, answer_tokens, follow_up)] = corpus.random.choices(BATCHES, BATCH_SHARES)
+def draw_batch(corpus: Corpus, tokenizer: ChatGLMTokenizer,
+               kinds: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids [rows, length], padded on the right, and which of them to learn."""
+    [kind] = corpus.random.choices(kinds, [kind.share for kind in kinds])
     rows = []
-    for _ in range(size):
+    for _ in range(kind.rows):
         messages = []
-        if follow_up and corpus.random.random() < SYSTEM:
+        if kind.follow_up and corpus.random.random() < SYSTEM:
             messages.append({"role": "system", "content": corpus.random.choice(corpus.systems)})
-        messages += corpus.exchange(follow_up)
-        ids, learn = encode(tokenizer, messages, corpus.random, answer_tokens)
-        while len(ids) < length:
-            messages += corpus.exchange(follow_up)
+        messages += corpus.exchange(kind.follow_up)
+        ids, learn = encode(tokenizer, messages, corpus.random, kind.cut)
+        while len(ids) < kind.length:
+            messages += corpus.exchange(kind.follow_up)
             ids, learn = encode(tokenizer, messages, corpus.random)
         rows.append((ids, learn))
     longest = max(len(ids) for ids, _ in rows)
-    input_ids = torch.zeros(size, longest, dtype=torch.long)
-    learn_mask = torch.zeros(size, longest, dtype=torch.bool)
+    input_ids = torch.zeros(kind.rows, longest, dtype=torch.long)
+    learn_mask = torch.zeros(kind.rows, longest, dtype=torch.bool)
     for i, (ids, learn) in enumerate(rows):
         input_ids[i, : len(ids)] = torch.tensor(ids)
         learn_mask[i, : len(ids)] = torch.tensor(learn)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,13 +24,35 @@ from transformers import GlmForCausalLM
 
 import chatglm
 from chatglm.glm import ROPE_BASE, translate_config
-from chatglm.tiny.corpus import Corpus, draw_batch, train_tokenizer
+from chatglm.tiny.corpus import Batch, Corpus, draw_batch, train_tokenizer
 from chatglm.tokenizer import ChatGLMTokenizer
 
 HERE = Path(__file__).parent
-STEPS = 2300
-MUON_RATE, ADAM_RATE = 2e-2, 3e-3  # learning rates
+
+
+@dataclass
+class Phase:
+    """A part of the training, with a learning rate that goes up, stays, and goes down to 0."""
+
+    steps: int
+    muon_rate: float     # for the matrices inside the layers
+    adam_rate: float     # for everything else
+    average: float       # how much of the averaged weights each step keeps
+    batches: list[Batch]
+
+
 WARMUP_STEPS = 50
+PHASES = [
+    # To recognise a question is what is hard, so mostly first questions and how their answers
+    # begin; some long conversations, so that the last question is found at any depth.
+    Phase(2300, 2e-2, 3e-3, 0.998, [
+        Batch(64, 0.6, 0.0, cut=14), Batch(24, 0.2, 0.6, cut=120),
+        Batch(8, 0.12, 0.3, length=400), Batch(2, 0.08, 0.3, length=1600)]),
+    # Then turns that need the one before, and answers to their end.
+    Phase(900, 1.2e-2, 2e-3, 0.99, [
+        Batch(48, 0.2, 0.0, cut=14), Batch(32, 0.25, 0.9, cut=24),
+        Batch(20, 0.4, 0.65), Batch(6, 0.15, 0.5, length=500)]),
+]
 
 CONFIG = {  # the fields of the published config.json of ChatGLM3-6B; the sizes are ours
     "_name_or_path": "chatglm3-tiny", "model_type": "chatglm", "architectures": ["ChatGLMModel"],
@@ -60,22 +83,23 @@ PUBLISHED_NAMES = {  # behind "transformer."; what is fused into each
 
 # 1. Training
 
-def train(corpus: Corpus, tokenizer: ChatGLMTokenizer, steps: int, seed: int) -> GlmForCausalLM:
-    torch.manual_seed(seed)
-    model = GlmForCausalLM(translate_config(CONFIG, "the tiny ChatGLM"))
+def train(model: GlmForCausalLM, corpus: Corpus, tokenizer: ChatGLMTokenizer,
+          phase: Phase) -> GlmForCausalLM:
+    """One phase; returns the model with the average of its last weights."""
     # Muon for the matrices inside the layers learns in fewer steps than AdamW for everything.
     layers = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is q for q in layers)]
-    optimizers = [torch.optim.Muon(layers, lr=MUON_RATE, weight_decay=0.1, momentum=0.95),
-                  torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01)]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(  # up, flat, down
-        (step + 1) / WARMUP_STEPS, 1.0, 0.02 + 2 * (1 - step / steps)))
+    optimizers = [torch.optim.Muon(layers, lr=phase.muon_rate, weight_decay=0.1, momentum=0.95),
+                  torch.optim.AdamW(others, lr=phase.adam_rate, betas=(0.9, 0.98),
+                                    weight_decay=0.01)]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / WARMUP_STEPS, 1.0, 0.02 + 2 * (1 - step / phase.steps)))
         for optimizer in optimizers]
     average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
-    bar = tqdm(range(steps), desc="training", unit="step")
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(phase.average))
+    bar = tqdm(range(phase.steps), desc="training", unit="step")
     for _ in bar:
-        input_ids, learn = draw_batch(corpus, tokenizer)
+        input_ids, learn = draw_batch(corpus, tokenizer, phase.batches)
         # Rows are padded on the right and attention looks left only, so no mask is needed.
         learn = learn[:, 1:]
         # The faster one of each length.
@@ -91,7 +115,7 @@ def train(corpus: Corpus, tokenizer: ChatGLMTokenizer, steps: int, seed: int) ->
         model.zero_grad()
         average.update_parameters(model)
         bar.set_postfix(loss=f"{loss.item():.4f}")
-    return average.module.eval()
+    return average.module
 
 
 # 2. The published format
@@ -148,7 +172,6 @@ def evaluate(folder: Path, seeds: range = range(5)) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the tiny ChatGLM.")
     parser.add_argument("--out", type=Path, default=HERE, help="default: the bundled one's place")
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", action="store_true", help="only measure what lies in --out")
     args = parser.parse_args()
@@ -157,7 +180,11 @@ def main() -> None:
         corpus = Corpus([json.loads(line)["messages"] for line in lines], args.seed)
         tokenizer_model = train_tokenizer(corpus.texts())
         tokenizer = ChatGLMTokenizer(tokenizer_model, "chatglm3")
-        save(train(corpus, tokenizer, args.steps, args.seed), tokenizer_model, args.out)
+        torch.manual_seed(args.seed)
+        model = GlmForCausalLM(translate_config(CONFIG, "the tiny ChatGLM"))
+        for phase in PHASES:
+            model = train(model, corpus, tokenizer, phase)
+        save(model.eval(), tokenizer_model, args.out)
     for name, share in evaluate(args.out).items():
         print(f"held-out questions, {name}: {share:.1%} right")
 
