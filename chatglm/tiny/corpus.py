@@ -19,7 +19,7 @@ from chatglm.tokenizer import ChatGLMTokenizer
 PIECES = 2400  # SentencePiece vocabulary; the special tokens come after it
 BLANK = 0.05  # how many pieces of a question are blanked out, so that no single one decides
 SYSTEM = 0.1  # how often a conversation opens with a system message
-LONG = 250  # characters; answers that are longer come up four times as often
+LONG = 250  # characters; answers that are longer come up three times as often
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Corpus:
                 self.systems += self.wordings[messages[0]["content"]]
             elif len(messages) == 2:
                 self.first.append(messages)
-                practice = 4 if len(messages[1]["content"]) > LONG else 1
+                practice = 3 if len(messages[1]["content"]) > LONG else 1
                 self.weights.append(practice * len(self.wordings[messages[0]["content"]]))
             else:
                 self.follow_ups.append(messages)

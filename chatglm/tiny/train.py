@@ -1,6 +1,6 @@
 """Trains the tiny ChatGLM that comes with the project, from scratch, on a CPU.
 
-    python -m chatglm.tiny.train                    # about 15 minutes on two cores
+    python -m chatglm.tiny.train                    # about 19 minutes on two cores
     python -m chatglm.tiny.train --out /tmp/mine    # leave the bundled one alone
 
 From `corpus.jsonl` it makes a checkpoint in the published ChatGLM3 format: `tokenizer.model`
@@ -49,9 +49,9 @@ PHASES = [
         Batch(64, 0.6, 0.0, cut=14), Batch(24, 0.2, 0.6, cut=120),
         Batch(8, 0.12, 0.3, length=400), Batch(2, 0.08, 0.3, length=1600)]),
     # Then turns that need the one before, and answers to their end.
-    Phase(900, 1.2e-2, 2e-3, 0.99, [
-        Batch(48, 0.2, 0.0, cut=14), Batch(32, 0.25, 0.9, cut=24),
-        Batch(20, 0.4, 0.65), Batch(6, 0.15, 0.5, length=500)]),
+    Phase(950, 1e-2, 2e-3, 0.995, [
+        Batch(48, 0.3, 0.0, cut=14), Batch(32, 0.4, 0.9, cut=14),
+        Batch(20, 0.18, 0.6), Batch(6, 0.12, 0.5, length=500)]),
 ]
 
 CONFIG = {  # the fields of the published config.json of ChatGLM3-6B; the sizes are ours
