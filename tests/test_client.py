@@ -333,11 +333,11 @@ def test_ctrl_c_stops_the_answer_on_the_server_too(server, terminal):
 def test_ctrl_c_keeps_what_was_said_and_drops_an_empty_turn(terminal):
     it = Peer(answering("Half of **it**", end=None), answering(end=None), answering("ok"))
     chat = terminal(it.url)
-    for question, shown in [("one", "Half of"), ("two", "> two")]:
+    for question, shown in [("one", "Half of it"), ("two", "> two")]:
         it.hung_up.clear()
         chat.send(question)
         sent = lambda: shown in chat.text() and question in [body["prompt"] for body in it.bodies]
-        chat.until(sent, quiet=True)  # drawn to its end
+        chat.until(sent)  # drawn to its end
         chat.child.sendintr()
         chat.until(chat.at_prompt)
         until(it.hung_up.is_set)
