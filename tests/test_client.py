@@ -157,14 +157,14 @@ class Terminal:
         gone = ["".join(line[x].data for x in range(80)) for line in self.screen.history.top]
         return "\n".join(line.rstrip() for line in gone + self.screen.display)
 
-    def until(self, condition, quiet=False):
-        """Reads on until the condition holds and, if so wished, nothing more comes."""
+    def until(self, condition):
+        """Reads on until the condition holds."""
         def came():
             try:
                 self.stream.feed(self.child.read_nonblocking(2**16, 0.2))
             except pexpect.TIMEOUT:
-                return condition()
-            return not quiet and condition()
+                pass
+            return condition()
         until(came)
 
     def at_prompt(self):
