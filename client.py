@@ -3,8 +3,7 @@
     python client.py                     # a conversation: clear forgets it, stop or Ctrl-D leaves
     python client.py "What is HTTP?"     # one answer
 
-Ctrl-C stops an answer, on the server too; what was said so far stays. It needs `requests`; where
-`rich` is installed, answers are drawn as Markdown while they come.
+Ctrl-C stops an answer, on the server too. It needs `requests`; with `rich`, it draws Markdown.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from importlib.util import find_spec
 
 import requests
@@ -102,11 +102,12 @@ def show_markdown(texts: Iterator[str], heard: list[str]) -> None:
     console, done = Console(), 0  # done: how many characters are printed for good
     console.width -= 3  # room for the ^C that terminals write where the cursor is
 
-    def tail() -> SegmentLines:  # of a block taller than the screen, its lower end
-        lines = console.render_lines(markdown(heard[0][done:]), pad=False)
-        return SegmentLines(lines[2 - console.height:], new_lines=True)
+    @lru_cache(maxsize=1)  # asked for 15 times a second, and a long block takes time to draw
+    def tail(text: str, height: int) -> SegmentLines:  # of one taller than the screen, its end
+        return SegmentLines(console.render_lines(markdown(text), pad=False)[2 - height:], True)
     try:
-        with Live(get_renderable=tail, console=console, refresh_per_second=15, transient=True):
+        with Live(get_renderable=lambda: tail(heard[0][done:], console.height), console=console,
+                  refresh_per_second=15, transient=True):
             for heard[0] in texts:
                 if length := finished_blocks(heard[0][done:]):
                     block, done = heard[0][done : done + length], done + length

@@ -135,8 +135,10 @@ def textbook_client(url, prompt, **fields):
 def questions():
     """The first wording of each question of the corpus that is asked out of the blue."""
     for line in (TINY / "corpus.jsonl").read_text("utf-8").splitlines():
-        messages = json.loads(line)["messages"]
-        if [message["role"] for message in messages] == ["user", "assistant"]:
+        line = json.loads(line)
+        messages = line.get("messages", [])
+        roles = [message["role"] for message in messages]
+        if roles == ["user", "assistant"] and "tool" not in line:
             wording = messages[0]["content"]
             yield wording if isinstance(wording, str) else wording[0]
 

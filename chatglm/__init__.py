@@ -5,11 +5,12 @@
     engine = chatglm.Engine(tokenizer, model)                # for a server
 
 Reading order: glm.py, tokenizer.py, device.py, files.py, checkpoint.py,
-detokenizer.py, chat.py, sampler.py, request.py, places.py, engine.py.
+tools.py, detokenizer.py, chat.py, sampler.py, attention.py, request.py, places.py, engine.py;
+bodies.py and completions.py: what requests may hold.
 """
 
 from chatglm.checkpoint import load
-from chatglm.engine import Engine, EngineError
-from chatglm.request import Chunk, Request
+from chatglm.engine import Engine
+from chatglm.request import Chunk, EngineError, QueueFull, Request
 
-__all__ = ["Chunk", "Engine", "EngineError", "Request", "load"]
+__all__ = ["Chunk", "Engine", "EngineError", "QueueFull", "Request", "load"]

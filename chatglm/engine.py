@@ -7,6 +7,7 @@ new ones join. The event loop submits requests and reads tokens; it never waits 
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import math
@@ -22,7 +23,7 @@ from chatglm.chat import extend_history, to_messages
 from chatglm.device import cache_config
 from chatglm.detokenizer import Detokenizer
 from chatglm.places import Places
-from chatglm.request import Chunk, Report, Request, finish_reason
+from chatglm.request import Chunk, EngineError, Report, Request, finish_reason
 from chatglm.sampler import Sampler
 
 logger = logging.getLogger("chatglm")
@@ -30,26 +31,26 @@ logger = logging.getLogger("chatglm")
 MAX_LENGTH = 2048  # tokens of prompt and answer, where a request does not say
 
 
-class EngineError(RuntimeError):
-    """The engine cannot answer: it is stopped, or its thread has died."""
-
-
 class Engine:
     """Serves many conversations with one model, from one event loop.
 
     `active` requests are being generated, `waiting` ones wait for a place: at most
-    `max_concurrency` run at once, and only as many as the key/value cache can hold to their end.
+    `max_concurrency` run at once, and only as many as the key/value cache can hold to their end;
+    at most `max_waiting` wait. No answer takes longer than `timeout` seconds, once it has a place,
+    or more than `max_length` tokens with its prompt, if these are given.
     """
 
-    def __init__(self, tokenizer, model, max_concurrency: int = 64) -> None:
+    def __init__(self, tokenizer, model, max_concurrency: int = 64, max_waiting: int = 256,
+                 max_length: int | None = None, timeout: float | None = None) -> None:
         self.tokenizer, self.model = tokenizer, model
-        self.max_concurrency = max_concurrency
-        self._places = Places(max_concurrency)
+        self.max_concurrency, self.timeout = max_concurrency, timeout
+        self.longest = min(max_length or math.inf, model.config.max_position_embeddings)
+        self._places = Places(max_concurrency, max_waiting)
         self._manager = None
         self._page = 0  # tokens in a page of the cache
         self._ids = itertools.count()
         self._stopping = False
-        self.context = model.config.max_position_embeddings  # tokens; less if the cache is smaller
+        self.context = self.longest  # tokens; less if the cache is smaller
 
     # 1. Start and stop
 
@@ -86,7 +87,7 @@ class Engine:
         self._page = manager.continuous_batching_config.page_size
         self._places.pages = manager.batch_processor.cache.num_blocks
         capacity = (self._places.pages - 1) * self._page
-        self.context = min(model.config.max_position_embeddings, capacity)
+        self.context = min(self.longest, capacity)
         self._manager = manager
         # A thread is a daemon if its starter is: a script that forgets `stop` can still end.
         starter = threading.Thread(target=manager.start, daemon=True)
@@ -111,13 +112,17 @@ class Engine:
 
     def prepare(self, messages: list[dict], max_length: int | None = None,
                 max_new_tokens: int | None = None, top_p: float = 0.7, temperature: float = 0.95,
-                repetition_penalty: float = 1.0, seed: int | None = None) -> Request:
+                repetition_penalty: float = 1.0, seed: int | None = None,
+                beginning: str = "") -> Request:
         """Checks and tokenises. Any thread may call it.
 
         `max_length` counts prompt and answer, `max_new_tokens` the answer alone; the smaller
-        bound holds, and the model's context anyway. Raises ValueError if nothing fits.
+        bound holds, and the model's context anyway. The answer goes on from `beginning`, such as
+        the name of a tool that must be called. Raises ValueError if nothing fits.
         """
         input_ids = self.tokenizer.encode_chat(messages)
+        if beginning:
+            input_ids += self.tokenizer.encode(beginning)
         if max_length is None:
             max_length = MAX_LENGTH if max_new_tokens is None else self.context
         room = min(max_length, self.context) - len(input_ids)
@@ -130,7 +135,7 @@ class Engine:
         if max_new_tokens is not None:
             room = min(room, max_new_tokens)
         return Request(input_ids, room, float(temperature), float(top_p),
-                       float(repetition_penalty), seed)
+                       float(repetition_penalty), seed, beginning)
 
     async def generate(self, messages: list[dict], **settings) -> AsyncIterator[Chunk]:
         """Chunks of the answer, each the whole text so far; the settings are `prepare`'s."""
@@ -148,38 +153,50 @@ class Engine:
     async def stream(self, request: Request) -> AsyncIterator[Chunk]:
         """Chunks of the answer. Closing the iterator cancels the request, wherever it is.
 
-        A reader slower than the model gets the newest text, not every step. The last chunk has a
-        `finish_reason`. Raises EngineError after error or cancelled, and if no request is taken.
+        The first chunk comes at once, without text, and the last has a `finish_reason`. A reader
+        slower than the model gets the newest text, not every step. Raises QueueFull before the
+        first chunk, and EngineError there or after a last chunk of `error` or `cancelled`.
         """
+        self._keep_running()
+        ticket = self._places.enter(self._pages_for(request))
         report = Report(f"request-{next(self._ids)}", len(request.input_ids))
         try:
-            self._keep_running()
-            async with (self._places.take(self._pages_for(request)) as give_back,
-                        aclosing(self._outputs(request, report.id, give_back)) as news):
+            yield Chunk("", "", report.prompt_tokens, 0)
+            await ticket.turn
+            give_back = functools.partial(self._places.leave, ticket)
+            async with aclosing(self._outputs(request, report.id, give_back)) as outputs:
                 detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.anchor)
-                async for output in news:
-                    tokens = output.generated_tokens
-                    ended = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
-                    detokenizer.push(tokens[report.count : len(tokens) - ended])
-                    report.reason = finish_reason(
-                        output, report.count, self.tokenizer.stop_ids, self._stopping)
-                    report.token(len(tokens))
-                    raw = detokenizer.finish() if report.reason else detokenizer.text
-                    yield Chunk(self.tokenizer.visible(raw, finished=bool(report.reason)), raw,
-                                report.prompt_tokens, report.count, report.reason)
+                async for output in outputs:
+                    yield self._chunk(request, output, detokenizer, report)
                     if report.reason == "error":
                         self._keep_running()  # if it was the thread that died
                     if report.reason in ("error", "cancelled"):
                         raise EngineError(f"the answer was broken off ({report.reason})")
                     if report.reason:
                         return
+        except TimeoutError as error:
+            report.reason = "timeout"
+            raise EngineError(f"the answer took more than {self.timeout:g} s") from error
         finally:
+            self._places.leave(ticket)
             logger.info("%s", report)
+
+    def _chunk(self, request: Request, output: GenerationOutput, detokenizer: Detokenizer,
+               report: Report) -> Chunk:
+        tokens, stop_ids = output.generated_tokens, self.tokenizer.stop_ids
+        ended = bool(tokens) and tokens[-1] in stop_ids
+        detokenizer.push(tokens[report.count : len(tokens) - ended])
+        report.reason = finish_reason(output, report.count, stop_ids, self._stopping)
+        report.token(len(tokens))
+        raw = request.beginning + (detokenizer.finish() if report.reason else detokenizer.text)
+        return Chunk(self.tokenizer.visible(raw, finished=bool(report.reason)), raw,
+                     report.prompt_tokens, report.count, report.reason)
 
     async def _outputs(self, request: Request, request_id: str,
                        give_back: Callable[[], None]) -> AsyncIterator[GenerationOutput]:
-        """What the thread reports of a request, the newest only."""
-        newest, arrived = None, asyncio.Event()
+        """What the thread reports of a request, the newest only. Raises TimeoutError."""
+        newest, arrived, loop = None, asyncio.Event(), asyncio.get_running_loop()
+        deadline = loop.time() + self.timeout if self.timeout else None
 
         def receive(output) -> None:      # on the event loop, once a step
             nonlocal newest
@@ -191,7 +208,8 @@ class Engine:
         manager = self._submit(request, request_id, receive)
         try:
             while True:
-                await arrived.wait()
+                async with asyncio.timeout_at(deadline):
+                    await arrived.wait()
                 arrived.clear()
                 yield (output := newest)  # the reader may take its time; newest moves on
                 if output.is_finished():

@@ -4,49 +4,58 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from chatglm.request import QueueFull
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request's claim to a place; `turn` is done when it has one."""
+
+    pages: int
+    turn: asyncio.Future = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future())
+    left: bool = False
 
 
 class Places:
-    """At most `seats` requests at once, which together fill at most `pages` pages of the cache."""
+    """At most `seats` requests at once, which together fill at most `pages` pages of the cache;
+    at most `max_waiting` more wait for a place."""
 
-    def __init__(self, seats: int) -> None:
-        self.seats, self.pages = seats, 0
+    def __init__(self, seats: int, max_waiting: int) -> None:
+        self.seats, self.max_waiting, self.pages = seats, max_waiting, 0
         self.active = self.reserved = 0  # seats taken; pages promised to them
-        self.queue: deque[tuple[int, asyncio.Future]] = deque()
+        self.queue: deque[Ticket] = deque()
 
-    @asynccontextmanager
-    async def take(self, pages: int) -> AsyncIterator[Callable[[], None]]:
-        """Waits for a seat; yields what gives it back, perhaps before the reader is through."""
-        ticket = (pages, asyncio.get_running_loop().create_future())
-        given_back = False
-
-        def give_back() -> None:
-            nonlocal given_back
-            if not given_back:
-                given_back = True
-                self.active -= 1
-                self.reserved -= pages
-                self._admit()
-
+    def enter(self, pages: int) -> Ticket:
+        """Gets in line. Raises QueueFull if too many wait."""
+        ticket = Ticket(pages)
         self.queue.append(ticket)
         self._admit()
-        try:
-            await ticket[1]
-            yield give_back
-        finally:
-            if ticket in self.queue:
-                self.queue.remove(ticket)
-                self._admit()
-            else:
-                give_back()
+        if len(self.queue) > self.max_waiting:
+            self.queue.pop()
+            raise QueueFull(f"{self.active} answers are under way and {len(self.queue)} requests "
+                            "wait already; try again in a few seconds")
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """Gives the place back, or the one in the line; once is enough, more does no harm."""
+        if ticket.left:
+            return
+        ticket.left = True
+        if ticket in self.queue:
+            self.queue.remove(ticket)
+        else:
+            self.active -= 1
+            self.reserved -= ticket.pages
+        self._admit()
 
     def _admit(self) -> None:
         while (self.queue and self.active < self.seats
-               and self.reserved + self.queue[0][0] <= self.pages):
-            pages, turn = self.queue.popleft()
+               and self.reserved + self.queue[0].pages <= self.pages):
+            ticket = self.queue.popleft()
             self.active += 1
-            self.reserved += pages
-            if not turn.done():
-                turn.set_result(None)
+            self.reserved += ticket.pages
+            if not ticket.turn.done():
+                ticket.turn.set_result(None)

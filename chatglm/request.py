@@ -12,9 +12,17 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 logger = logging.getLogger("chatglm")
 
 
+class EngineError(RuntimeError):
+    """The engine cannot answer: it is stopped, its thread has died, or the time is up."""
+
+
+class QueueFull(EngineError):
+    """Too many requests wait already; this one may come again later."""
+
+
 @dataclass
 class Chunk:
-    """An answer so far."""
+    """An answer so far. The first one is empty: the request is checked and stands in line."""
 
     text: str                         # what a user sees
     raw: str                          # the same with the metadata line that ChatGLM3 begins with
@@ -33,6 +41,7 @@ class Request:
     top_p: float
     repetition_penalty: float
     seed: int
+    beginning: str = ""  # of the answer, given and not generated
 
 
 class Report:

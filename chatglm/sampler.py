@@ -12,12 +12,13 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 
+HEAD = 128  # likeliest tokens that are looked at first
 # Odd 64-bit multipliers of splitmix64 (Steele, Lea and Flood 2014), as signed integers.
 GOLDEN, MIX_1, MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
 
-def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Standard Gumbel noise [n, vocab_size] from `seed` and `position` [n], int64.
+def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise [n, k] from `seed` and `position` [n] and `tokens` [n, k], int64.
 
     The argmax of log-probabilities plus Gumbel noise is a draw from the distribution (the
     Gumbel-max trick), which turns seeded sampling into an argmax.
@@ -27,9 +28,8 @@ def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) ->
         x = (x ^ ((x >> 27) & (2**37 - 1))) * MIX_2
         return x ^ ((x >> 31) & (2**33 - 1))
 
-    tokens = torch.arange(vocab_size, device=seed.device)
     row = mix(seed * GOLDEN + position)                       # [n]
-    bits = mix(row[:, None] + tokens * GOLDEN)                # [n, V]
+    bits = mix(row[:, None] + tokens * GOLDEN)                # [n, k]
     # 23 bits and a half: never 0 or 1, where the logarithms would be infinite.
     uniform = (((bits >> 41) & (2**23 - 1)).float() + 0.5) / 2**23
     return -torch.log(-torch.log(uniform))
@@ -43,15 +43,30 @@ def choose(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor,
     at least top_p (Holtzman et al. 2020), always one at least.
     """
     greedy = logits.argmax(dim=-1)
-    if temperature.device.type == "cpu" and not temperature.any():
+    on_cpu = logits.device.type == "cpu"  # where a look at the values costs nothing
+    if on_cpu and not temperature.any():
         return greedy
     scores = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
-    ordered, tokens = scores.softmax(dim=-1).sort(dim=-1, descending=True)     # [n, V]
+    probabilities = scores.softmax(dim=-1)
+    # To sort a whole vocabulary takes longer than the network; mostly its head has enough mass.
+    head = min(HEAD, logits.shape[-1]) if on_cpu else logits.shape[-1]
+    drawn, mass = draw(probabilities, head, top_p, seed, position)
+    if on_cpu and head < logits.shape[-1] and (few := (mass < top_p).nonzero().squeeze(1)).numel():
+        drawn[few], _ = draw(probabilities[few], logits.shape[-1], top_p[few], seed[few],
+                             position[few])
+    return torch.where(temperature > 0, drawn, greedy)
+
+
+def draw(probabilities: torch.Tensor, head: int, top_p: torch.Tensor, seed: torch.Tensor,
+         position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token [n] from the nucleus of each row, if that is within its `head` likeliest, and how
+    much probability [n] these have."""
+    ordered, tokens = probabilities.topk(head, dim=-1)                         # [n, head]
     before = ordered.cumsum(dim=-1) - ordered                                  # mass ahead of each
-    noise = gumbel_noise(seed, position, logits.shape[-1]).gather(1, tokens)
+    noise = gumbel_noise(seed, position, tokens)
     ranked = torch.where(before < top_p[:, None], ordered.log() + noise, -torch.inf)
     drawn = tokens.gather(1, ranked.argmax(dim=-1, keepdim=True)).squeeze(1)
-    return torch.where(temperature > 0, drawn, greedy)
+    return drawn, ordered.sum(dim=-1)
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ import re
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizerBase
 
+from chatglm.tools import INTRODUCTION
+
 # After the SentencePiece pieces come these, in this order (published tokenization_chatglm.py).
 COMMON_SPECIALS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
 ROLE_SPECIALS = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]  # ChatGLM3 only
@@ -134,8 +136,8 @@ class TemplateTokenizer:
         # What stands for a special token's name where a user wrote it, see `encode_chat`.
         names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._marks = {f"\ue000{n}\ue001": name for n, name in enumerate(names)}
-        template = str(tokenizer.chat_template)
-        self._tool_role = "observation" if "observation" in template else "tool"
+        self._template = str(tokenizer.chat_template)
+        self._tool_role = "observation" if "observation" in self._template else "tool"
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: a special token's name is taken apart like any other word."""
@@ -149,10 +151,10 @@ class TemplateTokenizer:
         """
         tools = next((m["tools"] for m in messages if m.get("tools")), None)
         if tools:
-            tools = json.loads(self._mark(json.dumps(tools, ensure_ascii=False)))
-        messages = [{**m, "content": self._mark(m["content"]),
-                     "role": self._tool_role if m["role"] == "observation" else m["role"]}
-                    for m in messages]
+            tools = [tool if "function" in tool else {"type": "function", "function": tool}
+                     for tool in json.loads(self._mark(json.dumps(tools, ensure_ascii=False)))]
+        messages = [self._message(m) for m in messages]
+        messages = [m for m in messages if m["content"] or m["role"] != "system"]
         ids = []
         for part in re.split("(\ue000\\d+\ue001)", self._render(messages, tools)):
             if part in self._marks:
@@ -160,6 +162,23 @@ class TemplateTokenizer:
             else:
                 ids += self.hf(part, add_special_tokens=False)["input_ids"]
         return ids
+
+    def _message(self, message: dict) -> dict:
+        """A message as templates want it, users' words marked."""
+        content = message["content"]
+        if content.endswith(INTRODUCTION):   # templates have one of their own
+            content = content.removesuffix(INTRODUCTION).rstrip()
+        new = {"role": message["role"], "content": self._mark(content)}
+        if message["role"] == "observation":
+            new["role"] = self._tool_role
+        if "metadata" in message:
+            new["metadata"] = self._mark(message["metadata"])
+        if "arguments" in message:   # a call: as tool_calls, or GLM-4's name and JSON
+            arguments = self._mark(json.dumps(message["arguments"], ensure_ascii=False))
+            function = {"name": new["metadata"], "arguments": json.loads(arguments)}
+            new |= ({"content": "", "tool_calls": [{"type": "function", "function": function}]}
+                    if "tool_calls" in self._template else {"content": arguments})
+        return new
 
     def _mark(self, text: str) -> str:
         for mark, name in self._marks.items():

@@ -397,6 +397,7 @@ LONG = {
     "wide lines": "\n".join(f"row{row}:{'汉字很宽🚀' * 9}" for row in ROWS),  # in odd columns too
     "one paragraph": " ".join(f"row{row} 是 one of the many that are told here" for row in ROWS),
     "list": "\n".join(f"- row{row}" for row in ROWS),
+    "code": "```python\n" + "\n".join(f"x = 'row{row}'" for row in ROWS) + "\n```\nend",
     "table": "| a | b |\n|---|---|\n" + "\n".join(f"| row{row} | 字 |" for row in ROWS),
 }
 

@@ -37,7 +37,8 @@ def test_one_seed_gives_the_distribution_over_positions_too():
 
 
 def test_noise_is_gumbel_and_rows_are_independent():
-    noise = gumbel_noise(torch.arange(300), torch.zeros(300, dtype=torch.long), 2000)
+    noise = gumbel_noise(torch.arange(300), torch.zeros(300, dtype=torch.long),
+                         torch.arange(2000).expand(300, -1))
     assert torch.isfinite(noise).all()
     assert abs(noise.mean() - 0.5772) < 0.01 and abs(noise.var() - 1.6449) < 0.02
     assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.15

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ from transformers import GlmForCausalLM
 
 import chatglm
 from chatglm.glm import ROPE_BASE, translate_config
-from chatglm.tiny.corpus import Batch, Corpus, draw_batch, train_tokenizer
+from chatglm.tiny.corpus import Batch, Corpus, batches, train_tokenizer
 from chatglm.tokenizer import ChatGLMTokenizer
+from chatglm.tools import declare, read_call, write_call
 
 HERE = Path(__file__).parent
 
@@ -43,22 +45,21 @@ class Phase:
 
 WARMUP_STEPS = 50
 PHASES = [
-    # To recognise a question is what is hard, so mostly first questions and how their answers
-    # begin; some long conversations, so that the last question is found at any depth.
-    Phase(2300, 2e-2, 3e-3, 0.998, [
-        Batch(64, 0.6, 0.0, cut=14), Batch(24, 0.2, 0.6, cut=120),
-        Batch(8, 0.12, 0.3, length=400), Batch(2, 0.08, 0.3, length=1600)]),
-    # Then turns that need the one before, and answers to their end.
-    Phase(950, 1e-2, 2e-3, 0.995, [
-        Batch(48, 0.3, 0.0, cut=14), Batch(32, 0.4, 0.9, cut=14),
-        Batch(20, 0.18, 0.6), Batch(6, 0.12, 0.5, length=500)]),
+    Phase(2800, 2e-2, 3e-3, 0.998, [
+        Batch(64, 0.33, cut=14),                                      # to recognise a question
+        Batch(48, 0.14, follow_up=0.9, cut=20),                       # one that needs the last
+        Batch(24, 0.15, follow_up=0.85),                              # answers to their end
+        Batch(16, 0.18, declared=1, tools=0.9, length=220),           # calls, and their results
+        Batch(6, 0.10, follow_up=0.15, declared=4, tools=0.7, length=600),
+        Batch(8, 0.06, follow_up=0.4, length=400),                    # the last turn of many
+        Batch(2, 0.04, follow_up=0.3, length=1600)]),
 ]
 
 CONFIG = {  # the fields of the published config.json of ChatGLM3-6B; the sizes are ours
     "_name_or_path": "chatglm3-tiny", "model_type": "chatglm", "architectures": ["ChatGLMModel"],
     "num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 704, "kv_channels": 64,
     "num_attention_heads": 4, "multi_query_attention": True, "multi_query_group_num": 2,
-    "seq_length": 8192, "padded_vocab_size": 2432, "layernorm_epsilon": 1e-5,
+    "seq_length": 8192, "padded_vocab_size": 3648, "layernorm_epsilon": 1e-5,
     "rmsnorm": True, "post_layer_norm": True, "original_rope": True, "add_bias_linear": False,
     "add_qkv_bias": True, "apply_query_key_layer_scaling": True,
     "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0,
@@ -83,6 +84,26 @@ PUBLISHED_NAMES = {  # behind "transformer."; what is fused into each
 
 # 1. Training
 
+@torch.no_grad()
+def look_back(model: GlmForCausalLM, sharpness: float = 6.0) -> None:
+    """Two heads of the first layer begin by looking at the token before, and at the one before it.
+
+    Copying from the context (the city into a call, a result into the answer) is built on such
+    heads (Olsson et al. 2022, "In-context Learning and Induction Heads"), and they are slow to
+    form. Biases of query and key make one: with rotary position embedding, their product depends
+    on the distance only, and is greatest where the rotation makes up for the query's angle.
+    """
+    config, attention = model.config, model.model.layers[0].self_attn
+    rotary = config.head_dim // 2
+    angles = ROPE_BASE ** (-torch.arange(0, rotary, 2) / rotary)[:8]  # the fastest
+    key = attention.k_proj.bias.view(-1, config.head_dim)[0]
+    key[0:16:2] = sharpness
+    for head, distance in ((0, 1), (1, 2)):   # both share the first key
+        query = attention.q_proj.bias.view(-1, config.head_dim)[head]
+        query[0:16:2] = sharpness * torch.cos(distance * angles)
+        query[1:16:2] = -sharpness * torch.sin(distance * angles)
+
+
 def train(model: GlmForCausalLM, corpus: Corpus, tokenizer: ChatGLMTokenizer,
           phase: Phase) -> GlmForCausalLM:
     """One phase; returns the model with the average of its last weights."""
@@ -97,9 +118,9 @@ def train(model: GlmForCausalLM, corpus: Corpus, tokenizer: ChatGLMTokenizer,
         for optimizer in optimizers]
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(phase.average))
-    bar = tqdm(range(phase.steps), desc="training", unit="step")
-    for _ in bar:
-        input_ids, learn = draw_batch(corpus, tokenizer, phase.batches)
+    drawn = itertools.islice(batches(corpus, tokenizer, phase.batches), phase.steps)
+    bar = tqdm(drawn, desc="training", unit="step", total=phase.steps)
+    for input_ids, learn in bar:
         # Rows are padded on the right and attention looks left only, so no mask is needed.
         learn = learn[:, 1:]
         # The faster one of each length.
@@ -144,28 +165,61 @@ def save(model: GlmForCausalLM, tokenizer_model: bytes, out: Path) -> None:
 
 # 3. How good it is: questions that are in no line of the corpus
 
+TOOLS = [
+    {"name": "get_weather", "description": "Get the current weather of a city", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}},
+    {"name": "get_time", "description": "Get the current time", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string"}}, "required": []}},
+    {"name": "calculate", "description": "Calculate an arithmetic expression", "parameters": {
+        "type": "object", "properties": {"expression": {"type": "string"}},
+        "required": ["expression"]}},
+]
+
+
+async def answer(engine: chatglm.Engine, messages: list[dict], **settings) -> chatglm.Chunk:
+    async for chunk in engine.generate(messages, **settings):
+        pass
+    return chunk
+
+
+async def is_right(engine: chatglm.Engine, line: dict, tools: bool = False, **settings) -> bool:
+    """Whether a held-out question gets its answer, character for character; where a tool must be
+    called, whether that call comes, and from its result the answer."""
+    messages = [{"role": "user", "content": line["question"]}]
+    if tools:
+        messages = declare(messages, TOOLS)
+    chunk = await answer(engine, messages, **settings)
+    if line["kind"] == "tool":
+        call = read_call(chunk.raw, [tool["name"] for tool in TOOLS])
+        if call is None or {"name": call.name,
+                            "arguments": json.loads(call.arguments)} != line["call"]:
+            return False
+        messages += [write_call(call.name, json.loads(call.arguments)),
+                     {"role": "observation", "content": line["result"]}]
+        chunk = await answer(engine, messages, **settings)
+    return chunk.text == line["answer"]
+
+
 def evaluate(folder: Path, seeds: range = range(5)) -> dict[str, float]:
-    """Shares of held-out questions that get the right answer, character for character: known and
-    unknown ones under greedy decoding, known ones at the default sampling."""
+    """Shares of held-out questions that get the right answer, of each kind, under greedy decoding;
+    of the known ones also at the default sampling, and with tools that none of them needs."""
     lines = [json.loads(line) for line in (HERE / "heldout.jsonl").read_text("utf-8").splitlines()]
-    known = [line for line in lines if line["kind"] == "known"]
-    unknown = [line for line in lines if line["kind"] == "unknown"]
     tokenizer, model = chatglm.load(folder, device="cpu")
 
-    async def share_right(engine: chatglm.Engine, questions: list[dict], **settings) -> float:
-        async def right(line: dict) -> bool:
-            messages = [{"role": "user", "content": line["question"]}]
-            async for chunk in engine.generate(messages, **settings):
-                pass
-            return chunk.text == line["answer"]
-        return sum(await asyncio.gather(*map(right, questions))) / len(questions)
+    async def share_right(engine: chatglm.Engine, kind: str, **settings) -> float:
+        right = await asyncio.gather(*(is_right(engine, line, **settings)
+                                       for line in lines if line["kind"] == kind))
+        return sum(right) / len(right)
 
     async def shares() -> dict[str, float]:
-        with chatglm.Engine(tokenizer, model) as engine:
-            sampled = [await share_right(engine, known, seed=seed) for seed in seeds]
-            return {"known, greedy": await share_right(engine, known, temperature=0),
-                    "unknown, greedy": await share_right(engine, unknown, temperature=0),
-                    "known, sampled": sum(sampled) / max(1, len(sampled))}
+        with chatglm.Engine(tokenizer, model, max_waiting=len(lines)) as engine:
+            sampled = [await share_right(engine, "known", seed=seed) for seed in seeds]
+            return {"known, greedy": await share_right(engine, "known", temperature=0),
+                    "known, sampled": sum(sampled) / max(1, len(sampled)),
+                    "known, with tools": await share_right(engine, "known", tools=True,
+                                                           temperature=0),
+                    "unknown, greedy": await share_right(engine, "unknown", temperature=0),
+                    "tool, greedy": await share_right(engine, "tool", tools=True, temperature=0)}
     return asyncio.run(shares())
 
 
@@ -177,11 +231,12 @@ def main() -> None:
     args = parser.parse_args()
     if not args.evaluate:
         lines = (HERE / "corpus.jsonl").read_text("utf-8").splitlines()
-        corpus = Corpus([json.loads(line)["messages"] for line in lines], args.seed)
+        corpus = Corpus([json.loads(line) for line in lines], args.seed)
         tokenizer_model = train_tokenizer(corpus.texts())
         tokenizer = ChatGLMTokenizer(tokenizer_model, "chatglm3")
         torch.manual_seed(args.seed)
         model = GlmForCausalLM(translate_config(CONFIG, "the tiny ChatGLM"))
+        look_back(model)
         for phase in PHASES:
             model = train(model, corpus, tokenizer, phase)
         save(model.eval(), tokenizer_model, args.out)

@@ -1,0 +1,83 @@
+"""Tools: how they are declared to a model, and how a call is read from what it wrote.
+
+What a model wrote is parsed and never run: the published ChatGLM3 code passes it to `eval()`, so
+that a prompt could make the server execute anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Collection
+from typing import NamedTuple
+
+# The system message of the published openai_api.py; the declarations follow as JSON.
+INTRODUCTION = ("Answer the following questions as best as you can. "
+                "You have access to the following tools:")
+
+
+class ToolCall(NamedTuple):
+    name: str
+    arguments: str  # a JSON object
+
+
+def declare(messages: list[dict], tools: list[dict]) -> list[dict]:
+    """The messages with `tools` in their system message, which is added where there is none.
+
+    A tool is `{"name", "description", "parameters"}`, `parameters` being a JSON schema.
+    """
+    system, rest = "", messages
+    if messages and messages[0]["role"] == "system":
+        system, rest = messages[0]["content"] + "\n", messages[1:]
+    return [{"role": "system", "content": system + INTRODUCTION, "tools": tools}, *rest]
+
+
+def write_call(name: str, arguments: dict) -> dict:
+    """The assistant message of a call, in ChatGLM3's format; chat templates take `arguments`.
+
+    >>> write_call("get_weather", {"city": "Paris"})["content"]
+    "```python\\ntool_call(city='Paris')\\n```"
+    """
+    written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return {"role": "assistant", "metadata": name, "arguments": arguments,
+            "content": f"```python\ntool_call({written})\n```"}
+
+
+def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
+    """The call in an answer with its metadata line, or None if it is no call of one of `names`.
+
+    Two formats: ChatGLM3's, as above, and GLM-4's, the name and then the arguments as JSON.
+    """
+    name, _, content = raw.partition("\n")   # an empty first line begins an answer in words
+    name, content = name.strip(), content.strip()
+    if name not in names:
+        return None
+    try:
+        arguments = parse_python(content) if content.startswith("```") else json.loads(content)
+        if not isinstance(arguments, dict):
+            return None
+        return ToolCall(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # what ast raises
+        return None
+
+
+def parse_python(block: str) -> dict:
+    """Keyword arguments of `tool_call(…)` in a fenced block; only literals count as values."""
+    _, _, code = block.removesuffix("```").partition("\n")  # after ```python
+    call = ast.parse(code.strip(), mode="eval").body
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+            and call.func.id == "tool_call" and not call.args):
+        raise ValueError("not of the form tool_call(key=value, …)")
+    arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    if None in arguments:
+        raise ValueError("**arguments have no names")
+    return arguments
+
+
+def may_be_call(raw: str, names: Collection[str]) -> bool:
+    """Whether an answer may still become a call, as far as it has come."""
+    name, newline, content = raw.partition("\n")
+    if not newline:
+        return any(known.startswith(name) for known in names)
+    content = content.lstrip()
+    return name.strip() in names and (content[:1] == "{" or content[:3] == "```"[: len(content)])
