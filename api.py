@@ -291,9 +291,10 @@ async def stream(
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                if chunk.finish_reason or (body.stream and chunk.text != sent):
-                    data = {"text": chunk.text[len(sent):], "message_id": message_id}
-                    yield ServerSentEvent(data=data, id=message_id)
+                new = chunk.text[len(sent):]
+                if new if body.stream else chunk.finish_reason in ("stop", "length"):
+                    yield ServerSentEvent(data={"text": new, "message_id": message_id},
+                                          id=message_id)
                     sent = chunk.text
         yield ServerSentEvent(raw_data="[DONE]", id=message_id)
     except chatglm.EngineError as error:

@@ -3,16 +3,15 @@
     python client.py                     # a conversation: clear forgets it, stop or Ctrl-D leaves
     python client.py "What is HTTP?"     # one answer
 
-Ctrl-C stops an answer, on the server too. It needs `requests`; with `rich`, it draws Markdown.
-"""
+Ctrl-C stops an answer, on the server too. It needs `requests`; with `rich`, it draws Markdown."""
 
 import argparse
 import codecs
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
 from importlib.util import find_spec
 
 import requests
@@ -46,8 +45,7 @@ def frames(chunks: Iterable[bytes]) -> Iterator[str]:
 
 
 def unescape(text: str) -> str:
-    """Takes out the zero-width space that the server puts into each `<^>` of the text itself, and
-    control characters, with which a text could move the cursor or clear the screen."""
+    """Undoes the server's escape of `<^>`; takes out controls, which could clear the screen."""
     text = re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "", text)
     return re.sub("<\\^(\u200b*)\u200b>", "<^\\1>", text)
 
@@ -99,19 +97,21 @@ def show_markdown(texts: Iterator[str], heard: list[str]) -> None:
     from rich.console import Console
     from rich.live import Live
     from rich.segment import SegmentLines
-    console, done = Console(), 0  # done: how many characters are printed for good
+    console, done, drawn = Console(), 0, 0.0  # done: how many characters are printed for good
     console.width -= 3  # room for the ^C that terminals write where the cursor is
-
-    @lru_cache(maxsize=1)  # asked for 15 times a second, and a long block takes time to draw
-    def tail(text: str, height: int) -> SegmentLines:  # of one taller than the screen, its end
-        return SegmentLines(console.render_lines(markdown(text), pad=False)[2 - height:], True)
-    try:
-        with Live(get_renderable=lambda: tail(heard[0][done:], console.height), console=console,
-                  refresh_per_second=15, transient=True):
+    def tail() -> SegmentLines:  # of a block taller than the screen, its lower end
+        lines = console.render_lines(markdown(heard[0][done:]), pad=False)
+        return SegmentLines(lines[2 - console.height:], new_lines=True)
+    try:  # no thread of rich's that redraws: a line printed meanwhile would be drawn over
+        with Live(console=console, auto_refresh=False, transient=True) as live:
             for heard[0] in texts:
-                if length := finished_blocks(heard[0][done:]):
-                    block, done = heard[0][done : done + length], done + length
-                    console.print(markdown(block), "")
+                block = heard[0][done : done + finished_blocks(heard[0][done:])]
+                done += len(block)
+                if block or time.monotonic() - drawn > 1 / 15:
+                    live.update(tail(), refresh=not block)
+                    if block:
+                        console.print(markdown(block), "")
+                    drawn = time.monotonic()
     finally:
         if heard[0][done:].strip():
             console.print(markdown(heard[0][done:]))

@@ -51,7 +51,7 @@ def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Ten
     cache = kwargs.get("cache")
     if cache is None or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    key, value = cache.update(key, value, module.layer_idx, kwargs)                   # [1, G, K, d]
+    key, value = cache.update(key, value, module.layer_idx, kwargs)             # [1, G, K, d]
     if module.layer_idx == 0:
         cache.plan = make_plan(kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist())
     plan, scale = cache.plan, kwargs.get("scaling")
@@ -62,10 +62,11 @@ def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Ten
         out[q] = mine[0].transpose(0, 1)
     if len(plan.tokens):
         # The heads of a group share keys, so they stand where several queries of a head would.
-        rows = query[0].transpose(0, 1)[plan.tokens].unflatten(1, (key.shape[1], -1))  # [B, G, h, d]
+        tokens = query[0].transpose(0, 1)[plan.tokens]                                # [B, H, d]
+        rows = tokens.unflatten(1, (key.shape[1], -1))                          # [B, G, h, d]
         mine = scaled_dot_product_attention(
             rows, key[0][:, plan.keys].transpose(0, 1), value[0][:, plan.keys].transpose(0, 1),
-            attn_mask=plan.own, scale=scale)                                          # [B, G, h, d]
+            attn_mask=plan.own, scale=scale)                                    # [B, G, h, d]
         out[plan.tokens] = mine.flatten(1, 2)
     return out[None], None
 
