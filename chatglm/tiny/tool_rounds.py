@@ -2,8 +2,8 @@
 
 Three kinds of line in `corpus.jsonl` are about tools:
 
-- {"tool": "weather", "name": "get_weather", "descriptions": [...], "parameters": {...}}: how people
-  describe one and its parameters; without a "tool", one that is declared but never asked for;
+- {"tool": "weather", "name": "get_weather", "descriptions": [...], "parameters": {...}}: how
+  people describe one and its parameters; where "tool" is null, one that is never asked for;
 - {"tool": "weather", "messages": [...], "undeclared": ...}: rounds with it, each `content` but the
   answer's in several wordings, and what to say where it was not declared;
 - {"slot": "city_en", "values": [...]}: what {city} and other {slots} may be.
