@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import tarfile
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -462,8 +461,7 @@ def package(tmp_path_factory):
         pytest.skip("there is no npm here")
     packed = subprocess.run([npm, "pack", "--silent", PACKAGE], cwd=folder, text=True,
                             stdout=subprocess.PIPE, check=True, timeout=120).stdout
-    with tarfile.open(folder / packed.strip()) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(folder / packed.strip(), folder)
     modules = folder / "package" / "lib" / "esm"
     (modules / "index.html").write_bytes(FOREIGN)
     return modules
