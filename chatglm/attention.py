@@ -52,9 +52,13 @@ def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Ten
     if cache is None or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     key, value = cache.update(key, value, module.layer_idx, kwargs)             # [1, G, K, d]
+    scale = kwargs.get("scaling")
+    if query.shape[2] == 1:  # one request, one new token: all keys are its own
+        alone = scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+        return alone.transpose(1, 2), None
     if module.layer_idx == 0:
         cache.plan = make_plan(kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist())
-    plan, scale = cache.plan, kwargs.get("scaling")
+    plan = cache.plan
     out = torch.empty_like(query[0].transpose(0, 1))                                  # [T, H, d]
     for q, k in plan.prefill:
         mask = attention_mask[..., q, k]

@@ -1,0 +1,1 @@
+"""Benchmarks: this server beside what people would use instead. See __main__.py."""

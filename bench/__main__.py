@@ -1,0 +1,76 @@
+"""Benchmarks of the chat server.
+
+    pip install -r bench/requirements.txt
+    python -m bench                     # beside the textbook's server and transformers serve
+    python -m bench --quick             # the same in about 2 minutes
+    python -m bench --peer vLLM=http://127.0.0.1:9000    # and beside a server that runs already
+    python -m bench growth              # what a longer answer and more clients cost
+    python -m bench soak --minutes 10   # good, bad, slow and vanishing clients, all mixed
+    python -m bench decode --preset chatglm3-6b          # how near a GPU comes to its limit
+
+Reading order: weights.py, textbook.py, contenders.py, load.py, canned.py, compare.py, report.py,
+growth.py, soak.py, decode.py.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def numbers(text: str) -> list[int]:
+    """`1,4,16` as a list. Raises ValueError for what is no count."""
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise ValueError(text)
+    return counts
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
+    add = top.add_subparsers(dest="what").add_parser
+    compare = add("compare", help="beside other servers (what is done without a word)")
+    compare.add_argument("--clients", type=numbers, help="default: 1,4,16,64")
+    compare.add_argument("--tokens", type=int, help="of an answer (default: 100)")
+    compare.add_argument("--repeats", type=int, help="default: 3")
+    compare.add_argument("--peer", action="append", default=[], metavar="NAME=URL",
+                         help="an OpenAI-compatible server that runs already; may be repeated")
+    compare.add_argument("--weights", metavar="FOLDER",
+                         help="keep the weights there, as `python -m bench.weights` makes them")
+    growth = add("growth", help="cost against the length of an answer and the number of clients")
+    soak = add("soak", help="does every answer arrive, and is it the right one?")
+    soak.add_argument("--minutes", type=float, default=10)
+    soak.add_argument("--clients", type=int, default=24, help="at once (default: 24)")
+    decode = add("decode", help="decode speed against the device's memory bandwidth")
+    decode.add_argument("--preset", choices=["chatglm3-6b", "tiny"], default="tiny")
+    decode.add_argument("--device", default="auto")
+    decode.add_argument("--dtype", default="auto")
+    decode.add_argument("--batch", type=numbers, default=[1, 8, 64, 256])
+    decode.add_argument("--tokens", type=int, default=128, help="of each answer (default: 128)")
+    for command in (compare, growth, soak, decode):
+        command.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    for command in (compare, growth):
+        command.add_argument("--quick", action="store_true", help="short settings")
+    return top
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("--"):
+        arguments = ["compare", *arguments] if "--help" not in arguments else arguments
+    settings = parser().parse_args(arguments)
+    if settings.what == "compare":
+        quick = settings.quick
+        settings.clients = settings.clients or ([1, 16] if quick else [1, 4, 16, 64])
+        settings.tokens = settings.tokens or (40 if quick else 100)
+        settings.repeats = settings.repeats or (1 if quick else 3)
+    try:
+        return importlib.import_module(f"bench.{settings.what}").main(settings)
+    except ValueError as error:  # an address, a device or a folder that will not do
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,166 @@
+"""How near decoding comes to the device's memory bandwidth.
+
+    python -m bench decode --preset chatglm3-6b|tiny
+
+A step reads every weight once and each request's keys and values once, so the bytes of these over
+the bandwidth is the least time it can take. Weights are random, made on the device: speed does
+not depend on what they say. On a CPU the tiny network lies in the processor's own cache, which is
+faster than the memory whose bandwidth is measured; its share can then be over 100 %.
+"""
+
+import argparse
+import asyncio
+import json
+import time
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import torch
+
+import chatglm
+from bench import weights
+from bench.report import table
+from chatglm.checkpoint import load_chatglm_tokenizer
+from chatglm.device import CPU_BATCH_TOKENS, GIB, check_memory, pick_device, pick_dtype
+from chatglm.files import TINY, read_json
+from chatglm.glm import ChatGLMForConditionalGeneration, translate_config
+
+PROMPT = 128     # tokens of each prompt
+COPIES = 10      # of the block whose copying shows the bandwidth
+STEP = 2         # bytes of memory moved per byte copied: it is read and written
+
+# config.json of the published ChatGLM3-6B, as far as its network goes
+CHATGLM3_6B = {
+    "padded_vocab_size": 65024, "hidden_size": 4096, "ffn_hidden_size": 13696, "num_layers": 28,
+    "num_attention_heads": 32, "multi_query_group_num": 2, "kv_channels": 128,
+    "seq_length": 8192, "layernorm_epsilon": 1e-5, "add_qkv_bias": True,
+}
+
+
+@dataclass
+class Progress:
+    """Tokens made of one request, and whether it has ended."""
+
+    tokens: int = 0
+    ended: bool = False
+
+
+def build(preset: str, device: torch.device, dtype: torch.dtype):
+    """A network with random weights, made where it will run."""
+    published = CHATGLM3_6B if preset == "chatglm3-6b" else read_json(TINY / "config.json")
+    config = translate_config(published, preset)
+    tokenizer = load_chatglm_tokenizer(TINY, "chatglm3")
+    config.eos_token_id = tokenizer.stop_ids
+    check_memory(ChatGLMForConditionalGeneration, config, device, dtype)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = ChatGLMForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(default)
+    with torch.no_grad():
+        weights.never_stop(model.lm_head.weight, tokenizer.sp.vocab_size())
+    return tokenizer, model.eval()
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that the device's memory moves, by copying a block that no cache holds."""
+    size = GIB if device.type == "cuda" else GIB // 4
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(COPIES):
+        synchronise(device)
+        begun = time.perf_counter()
+        target.copy_(source)
+        synchronise(device)
+        best = min(best, time.perf_counter() - begun)
+    return STEP * size / best
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def step_bytes(model, batch: int, context: float) -> float:
+    """What one decoding step must read: the weights, and the keys and values of each request."""
+    config = model.config
+    size = model.dtype.itemsize
+    # Of the embedding only a row per request is read, unless it is the output layer as well.
+    own_head = model.lm_head.weight is not model.model.embed_tokens.weight
+    numbers = sum(p.numel() for p in model.parameters())
+    numbers -= own_head * model.model.embed_tokens.weight.numel()
+    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return size * (numbers + batch * context * kept)
+
+
+async def follow(engine: chatglm.Engine, request, progress: Progress) -> None:
+    async with aclosing(engine.stream(request)) as chunks:
+        async for chunk in chunks:
+            progress.tokens = chunk.completion_tokens
+    progress.ended = True
+
+
+async def decode_speed(engine: chatglm.Engine, batch: int, tokens: int) -> tuple[float, float]:
+    """Tokens a second while all decode, and the mean context then: from when the last prompt is
+    taken in until the first answer ends."""
+    texts = [f"{i} " + "hello world " * PROMPT for i in range(batch)]
+    tokens += batch * PROMPT // CPU_BATCH_TOKENS  # steps in which prompts are still taken in
+    requests = [engine.prepare([{"role": "user", "content": text}], max_length=engine.context,
+                               max_new_tokens=tokens, temperature=0) for text in texts]
+    for request in requests:
+        del request.input_ids[PROMPT:]
+    progress = [Progress() for _ in requests]
+    tasks = [asyncio.create_task(follow(engine, request, each))
+             for request, each in zip(requests, progress)]
+    while not all(each.tokens for each in progress):
+        await asyncio.sleep(0.001)
+    begun, before = time.perf_counter(), sum(each.tokens for each in progress)
+    last, after = begun, before
+    while not any(each.ended or each.tokens >= tokens for each in progress):
+        await asyncio.sleep(0.001)
+        last, after = time.perf_counter(), sum(each.tokens for each in progress)
+    await asyncio.gather(*tasks)
+    if after == before:
+        raise ValueError(f"--tokens {tokens} is too few: the first answers ended before the last "
+                         "prompt was taken in")
+    return (after - before) / (last - begun), PROMPT + (before + after) / 2 / batch
+
+
+async def measure(model, tokenizer, batch: int, tokens: int) -> tuple[float, float]:
+    """`decode_speed` of an engine with that many places, once to warm up and once to count."""
+    with chatglm.Engine(tokenizer, model, max_concurrency=batch, max_waiting=batch) as engine:
+        await decode_speed(engine, batch, tokens)
+        return await decode_speed(engine, batch, tokens)
+
+
+def main(settings: argparse.Namespace) -> int:
+    """Prints and saves one table."""
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    tokenizer, model = build(settings.preset, device, dtype)
+    speed = bandwidth(device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    rows, results = [], []
+    for batch in settings.batch:
+        rate, context = asyncio.run(measure(model, tokenizer, batch, settings.tokens))
+        least = step_bytes(model, batch, context) / speed  # seconds a step
+        limit = batch / least
+        results.append({"batch": batch, "tokens_per_s": rate, "limit": limit, "context": context})
+        rows.append([str(batch), f"{rate:,.0f}", f"{1000 * batch / rate:,.2f}",
+                     f"{1000 * least:,.2f}", f"{limit:,.0f}", f"{rate / limit:.0%}"])
+        print(f"  batch {batch}: {rate:,.0f} tokens/s", flush=True)
+    title = (f"{settings.preset} on {where}, {dtype}, copies at {speed / 1e9:,.0f} GB/s")
+    text = title + "\n\n" + table(
+        ["batch", "tokens/s", "ms/step", "least ms/step", "limit tokens/s", "share"], rows)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    name = f"decode-{settings.preset}-{device.type}"
+    (settings.out / f"{name}.md").write_text(text + "\n", "utf-8")
+    (settings.out / f"{name}.json").write_text(json.dumps(
+        {"where": where, "dtype": str(dtype), "bytes_per_s": speed, "results": results},
+        indent=1) + "\n", "utf-8")
+    print(f"\n{text}\nsaved in {settings.out}")
+    return 0
