@@ -335,8 +335,9 @@ def model_name() -> str:
 async def health(request: Request) -> JSONResponse:
     """Whether it can answer; how many answers are under way, and how many wait for a place."""
     engine: chatglm.Engine = request.app.state.engine
-    return JSONResponse(status_code=200 if engine.running else 503, content={
-        "status": "ok" if engine.running else "not able to answer", "model": model_name(),
+    able = engine.running
+    return JSONResponse(status_code=200 if able else 503, content={
+        "status": "ok" if able else "not able to answer", "model": model_name(),
         "device": str(engine.model.device), "active": engine.active, "waiting": engine.waiting})
 
 

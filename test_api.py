@@ -71,6 +71,11 @@ def started(*command, **environment):
             server.wait()
 
 
+def started_with(*options):
+    """For a test in tests/: the server that it gets has these flags."""
+    return pytest.mark.parametrize("server", [options], indirect=True, ids=[" ".join(options)])
+
+
 def interrupt(server):
     if server.poll() is None:
         server.send_signal(signal.SIGINT) if os.name == "posix" else server.terminate()

@@ -1,12 +1,9 @@
 """Whether the load can be what is slow: a server that has every frame ready."""
 
 import asyncio
-import json
-import subprocess
-import sys
 import threading
 
-from bench.contenders import ROOT
+from bench.load import run_apart
 
 CLIENTS, FRAMES = 16, 1000
 TEXT = "流式输出 "  # what each frame adds, as much as a token does
@@ -40,11 +37,9 @@ def ceiling() -> float:
     thread.start()
     plan = {"host": "127.0.0.1", "port": port[0], "style": "frames",
             "clients": [[["/", {}]]] * CLIENTS}
-    done = subprocess.run([sys.executable, "-m", "bench.load"], input=json.dumps(plan),
-                          stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+    result = run_apart(plan)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
-    result = json.loads(done.stdout)
     if not all(answer["complete"] for answer in result["answers"]):
         raise RuntimeError("the load did not read answers that were there already")
     return CLIENTS * FRAMES / result["wall_s"]

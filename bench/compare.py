@@ -1,12 +1,9 @@
 """The comparison: the same weights and the same load for each contender in turn."""
 
 import argparse
-import json
 import platform
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -14,9 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from bench import report
-from bench.contenders import (
-    OURS, ROOT, Contender, PeakMemory, Running, contenders, serving)
+from bench import load, report
+from bench.contenders import OURS, Contender, PeakMemory, Running, contenders, serving
 
 LONG = 1000         # tokens of a long prompt
 ANSWERS_ALONE = 4   # answers that a single client asks for, one after the other
@@ -51,9 +47,7 @@ def run_load(server: Running, contender: Contender, clients: list[list], health:
             "clients": clients, "health": "/health" if health else None}
     before = server.cpu_seconds()
     with PeakMemory(server) as memory:
-        done = subprocess.run([sys.executable, "-m", "bench.load"], input=json.dumps(plan),
-                              stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
-    result = json.loads(done.stdout)
+        result = load.run_apart(plan)
     result["cpu_s"] = server.cpu_seconds() - before
     result["memory"] = memory.peak
     return result

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from bench import weights
-from bench.compare import Prompts
+from bench.compare import LONG, Prompts
 from bench.contenders import Contender, PeakMemory, Running, our_server, serving
 from bench.load import Answer, ask
 from bench.report import MIB, shown, table
@@ -90,6 +90,21 @@ def rounds(server: Running, prompts: Prompts, quick: bool) -> dict[str, list[dic
     return found
 
 
+def next_turn(server: Running, prompts: Prompts) -> dict[str, float]:
+    """Seconds to the first token of a question after a long history, the median of several: of a
+    history that the server has just answered to, and of one that it has never seen."""
+    times: dict[str, list[float]] = {"known": [], "new": []}
+    for _ in range(REPEATS):
+        for kind, found in times.items():
+            history = [[prompts.make("long")[0], "ok"]]
+            turns = [("…", history)] if kind == "known" else []
+            for prompt, before in [*turns, ("go on", history)]:
+                body = {"prompt": prompt, "history": before, "max_length": LONG + 200}
+                answer = asyncio.run(ask(server.host, server.port, "/", body, "frames"))
+            found.append(answer.arrivals[0] - answer.started)
+    return {kind: sorted(found)[REPEATS // 2] for kind, found in times.items()}
+
+
 def main(settings: argparse.Namespace) -> int:
     """Prints and saves one table. Returns the exit status: 1 if something grows too fast."""
     from chatglm.checkpoint import load_chatglm_tokenizer
@@ -98,19 +113,23 @@ def main(settings: argparse.Namespace) -> int:
         prompts = Prompts(load_chatglm_tokenizer(published, "chatglm3"))
         with serving(our_server(published)) as server:
             found = rounds(server, prompts, settings.quick)
+            first = next_turn(server, prompts)
     cpu = {label: exponent(found[label], "cpu") for label in ("POST /", "/v1")}
     size = {label: exponent(found[label], "bytes") for label in ("POST /", "/v1")}
     together = [{**run, "tokens": run["clients"]} for run in found["POST /, together"]]
     each = exponent(together, "cpu")
     verdict = (f"An answer's cost grows as its length to the power of: CPU {cpu['POST /']:.2f} "
                f"(/v1 {cpu['/v1']:.2f}), bytes {size['POST /']:.2f} (/v1 {size['/v1']:.2f}); "
-               f"its CPU time as the number of clients to the power of {each:.2f}.")
+               f"its CPU time as the number of clients to the power of {each:.2f}.\n\n"
+               f"The first token after a history of {LONG:,} tokens comes within "
+               f"{1000 * first['known']:.0f} ms where the history is still in the cache, and "
+               f"{1000 * first['new']:.0f} ms where it is new.")
     text = table(["", "clients", "tokens", "CPU ms/token", "ms/token", "bytes/answer",
                   "bytes/token", "peak MiB"],
                  [row(run, label) for label, runs in found.items() for run in runs])
     settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / "growth.md").write_text(f"{text}\n\n{verdict}\n", "utf-8")
-    (settings.out / "growth.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    (settings.out / "growth.json").write_text(json.dumps({**found, "first token": first}, indent=1) + "\n", "utf-8")
     print(f"\n{text}\n\n{verdict}\nsaved in {settings.out}")
     # Clients together must not cost more each than alone; OpenAI's bytes must follow the text.
     return int(max(cpu.values()) > STEEPEST or size["/v1"] > 1.1 or each > 0.1)

@@ -69,23 +69,15 @@ def driver(tmp_path_factory):
         yield driver
 
 
-@pytest.fixture(scope="module")
-def server():
-    with started("api.py") as server:
-        yield server
-
-
 @pytest.fixture
-def page(driver, server):
+def page(driver, url):
     """The server's page, just opened, in a browser as it is when nothing is emulated."""
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {})
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    driver.get(server.url)
+    driver.get(url)
     posted(driver)  # what was before is forgotten
     yield driver
     driver.get("about:blank")
-    until(lambda: busy(server.url) == 0)
-    assert "Traceback" not in server.log()
 
 
 @pytest.fixture

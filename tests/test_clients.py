@@ -25,7 +25,7 @@ from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool as langchain_tool
 from langchain_openai import ChatOpenAI
 
-from test_api import busy, started, until
+from test_api import busy, started_with, until
 
 COUNT = "Count from 1 to 100"
 PROMPTS = ["Hello", "What is HTTP?", "什么是 HTTP？", COUNT]
@@ -34,23 +34,6 @@ ENDLESS = {"temperature": 0, "extra_body": {"repetition_penalty": 0.5}, "stream"
 WEATHER, SUM = "上海现在天气怎么样？", "What is 12 plus 30?"
 # The question, the tool it is for, the argument it has, and what the tool says then.
 ROUNDS = [(WEATHER, "get_weather", "上海", "晴，25 度"), (SUM, "calculate", "12+30", "42")]
-
-
-@pytest.fixture(scope="module")
-def server(request):
-    with started("api.py", *getattr(request, "param", ())) as server:
-        yield server
-
-
-def started_with(*options):
-    return pytest.mark.parametrize("server", [options], indirect=True, ids=[" ".join(options)])
-
-
-@pytest.fixture
-def url(server):
-    yield server.url
-    until(lambda: busy(server.url) == 0)  # no client leaves a request behind
-    assert "Traceback" not in server.log()
 
 
 def sdk(url, **settings):

@@ -25,30 +25,13 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
 from test_api import (BARE, ENDLESS, HERE, TINY, ask, at_once, busy, questions, started,
-                      unescape, until)
+                      started_with, unescape, until)
 
 V1 = "/v1/chat/completions"
 ROUTES = ["/", "/stream", V1]
 BROKEN_OFF = (requests.exceptions.ChunkedEncodingError, requests.exceptions.ConnectionError)
 on_each_route = pytest.mark.parametrize("path", ROUTES)
 on_posix = pytest.mark.skipif(os.name != "posix", reason="signals and unlinking are others there")
-
-
-@pytest.fixture(scope="module")
-def server(request):
-    with started("api.py", *request.param) as server:
-        yield server
-
-
-def started_with(*options):
-    return pytest.mark.parametrize("server", [options], indirect=True, ids=[" ".join(options)])
-
-
-@pytest.fixture
-def url(server):
-    yield server.url
-    until(lambda: busy(server.url) == 0)  # no test leaves a request behind
-    assert "Traceback" not in server.log()
 
 
 def body_for(path, prompt="Hello", history=(), max_length=None, **fields):
