@@ -22,20 +22,27 @@ class Plan(NamedTuple):
     tokens: torch.Tensor                # [B], the token of each request with one new
     keys: torch.Tensor                  # [B, L], its keys, filled up with its first
     own: torch.Tensor                   # [B, 1, 1, L], which of them count
+    last: torch.Tensor                  # [B], the key of the new token
 
 
-def make_plan(q_ends: list[int], k_ends: list[int]) -> Plan:
-    """From the cumulative numbers of new tokens and of keys, both with a 0 in front."""
-    spans = [(slice(*q_ends[i : i + 2]), slice(*k_ends[i : i + 2]))
-             for i in range(len(q_ends) - 1)]
-    single = [(q.start, k) for q, k in spans if q.stop - q.start == 1]
-    starts = torch.tensor([k.start for _, k in single])[:, None]                      # [B, 1]
-    lengths = torch.tensor([k.stop - k.start for _, k in single])[:, None]
-    steps = torch.arange(max((k.stop - k.start for _, k in single), default=0))       # [L]
+def make_plan(q_ends: torch.Tensor, k_ends: torch.Tensor, table: torch.Tensor | None,
+              page: int) -> Plan:
+    """From the cumulative numbers of new tokens and of keys, both with a 0 in front. With a
+    `table` [B, pages], of where each request's pages of `page` tokens lie, its keys are where they
+    are in the cache; else where they are in what has been read from it."""
+    alone = q_ends.diff() == 1                                        # of all requests
+    starts, lengths = k_ends[:-1][alone, None], k_ends.diff()[alone, None]            # [B, 1]
+    steps = torch.arange(int(lengths.max()) if len(lengths) else 0)                   # [L]
     own = steps < lengths
-    return Plan([(q, k) for q, k in spans if q.stop - q.start > 1],
-                torch.tensor([token for token, _ in single]),
-                torch.where(own, starts + steps, starts), own[:, None, None])
+    keys = torch.where(own, steps, 0)                                                 # [B, L]
+    if table is None:
+        keys = keys + starts
+    else:
+        keys = table.long().gather(1, keys // page) * page + keys % page
+    spans = [(slice(*q_ends[i : i + 2].tolist()), slice(*k_ends[i : i + 2].tolist()))
+             for i in (~alone).nonzero().squeeze(1).tolist()]
+    return Plan(spans, q_ends[:-1][alone], keys, own[:, None, None],
+                keys.gather(1, lengths - 1).squeeze(1))
 
 
 def install() -> None:
@@ -52,27 +59,37 @@ def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Ten
     if cache is None or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     key, value = cache.update(key, value, module.layer_idx, kwargs)             # [1, G, K, d]
-    scale = kwargs.get("scaling")
-    if query.shape[2] == 1:  # one request, one new token: all keys are its own
-        alone = scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
-        return alone.transpose(1, 2), None
+    scale, table = kwargs.get("scaling"), kwargs.get("block_table")
     if module.layer_idx == 0:
-        cache.plan = make_plan(kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist())
+        page = kwargs["k_cache"].shape[1] if table is not None else 0
+        cache.plan = make_plan(kwargs["cu_seq_lens_q"].long(), kwargs["cu_seq_lens_k"].long(),
+                               table, page)
     plan = cache.plan
+    if table is not None:  # every request has one new token, and no key has been written or read
+        tokens = [kept.flatten(0, 1) for kept in (kwargs["k_cache"], kwargs["v_cache"])]
+        for kept, new in zip(tokens, (key, value), strict=True):
+            kept.index_copy_(0, plan.last, new[0].transpose(0, 1))
+        key, value = (kept.index_select(0, plan.keys.flatten()).unflatten(0, plan.keys.shape)
+                      .transpose(1, 2) for kept in tokens)                      # [B, G, L, d]
+        return decode(query, key, value, plan, scale).flatten(1, 2)[None], None
     out = torch.empty_like(query[0].transpose(0, 1))                                  # [T, H, d]
     for q, k in plan.prefill:
         mask = attention_mask[..., q, k]
         mine = prefill(query[:, :, q], key[:, :, k], value[:, :, k], mask, scale)
         out[q] = mine[0].transpose(0, 1)
     if len(plan.tokens):
-        # The heads of a group share keys, so they stand where several queries of a head would.
-        tokens = query[0].transpose(0, 1)[plan.tokens]                                # [B, H, d]
-        rows = tokens.unflatten(1, (key.shape[1], -1))                          # [B, G, h, d]
-        mine = scaled_dot_product_attention(
-            rows, key[0][:, plan.keys].transpose(0, 1), value[0][:, plan.keys].transpose(0, 1),
-            attn_mask=plan.own, scale=scale)                                    # [B, G, h, d]
-        out[plan.tokens] = mine.flatten(1, 2)
+        key, value = (kept[0][:, plan.keys].transpose(0, 1) for kept in (key, value))
+        out[plan.tokens] = decode(query[:, :, plan.tokens], key, value, plan, scale).flatten(1, 2)
     return out[None], None
+
+
+def decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan,
+           scale: float | None) -> torch.Tensor:
+    """Attention [B, G, h, d] of one token of each request, `query` [1, H, B, d]."""
+    # The heads of a group share keys, so they stand where several queries of a head would.
+    rows = query[0].transpose(0, 1).unflatten(1, (key.shape[1], -1))                # [B, G, h, d]
+    mask = None if len(rows) == 1 else plan.own  # of one request, all keys are its own
+    return scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
 
 
 def prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor,

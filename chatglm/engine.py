@@ -20,10 +20,10 @@ from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from chatglm.chat import extend_history, to_messages
-from chatglm.device import cache_config
+from chatglm.device import cache_config, use_threads
 from chatglm.detokenizer import Detokenizer
 from chatglm.places import Places
-from chatglm.request import Chunk, EngineError, Report, Request, finish_reason
+from chatglm.request import Chunk, EngineError, Newest, Report, Request, finish_reason
 from chatglm.sampler import Sampler
 
 logger = logging.getLogger("chatglm")
@@ -83,6 +83,10 @@ class Engine:
             cache_config(model, self.max_concurrency, MAX_LENGTH))
         manager.logit_processor = Sampler(
             model.config.vocab_size, self.max_concurrency, model.device)
+        use_threads(model)
+        if model.device.type == "cpu":  # attention.py finds pages itself, as flash attention does
+            manager.continuous_batching_config.max_blocks_per_request = math.ceil(
+                self.longest / manager.continuous_batching_config.page_size)
         manager.warmup()  # builds the cache here, so that a lack of memory shows at start-up
         self._page = manager.continuous_batching_config.page_size
         self._places.pages = manager.batch_processor.cache.num_blocks
@@ -195,27 +199,16 @@ class Engine:
     async def _outputs(self, request: Request, request_id: str,
                        give_back: Callable[[], None]) -> AsyncIterator[GenerationOutput]:
         """What the thread reports of a request, the newest only. Raises TimeoutError."""
-        newest, arrived, loop = None, asyncio.Event(), asyncio.get_running_loop()
-        deadline = loop.time() + self.timeout if self.timeout else None
-
-        def receive(output) -> None:      # on the event loop, once a step
-            nonlocal newest
-            newest = output
-            arrived.set()
-            if output.is_finished():  # a reader that reads no more must not keep others out
-                give_back()
-
-        manager = self._submit(request, request_id, receive)
+        newest = Newest(self.timeout, give_back)
+        manager = self._submit(request, request_id, newest.put)
         try:
             while True:
-                async with asyncio.timeout_at(deadline):
-                    await arrived.wait()
-                arrived.clear()
-                yield (output := newest)  # the reader may take its time; newest moves on
+                yield (output := await newest.get())  # the reader may take its time
                 if output.is_finished():
                     return
         finally:
-            if newest is None or not newest.is_finished():
+            newest.close()
+            if not newest.is_last:
                 manager.cancel_request(request_id)
                 # A cancelled request gets no last output that would take its handler away.
                 manager.output_router.result_handlers.pop(request_id, None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -42,6 +44,44 @@ class Request:
     repetition_penalty: float
     seed: int
     beginning: str = ""  # of the answer, given and not generated
+
+
+class Newest:
+    """What the thread has last reported of a request, for its reader; older reports are lost, but
+    each holds all the tokens. After `timeout` seconds there is only TimeoutError."""
+
+    def __init__(self, timeout: float | None, at_last: Callable[[], None]) -> None:
+        self._output: GenerationOutput | None = None
+        self._at_last, self._is_late, self._arrived = at_last, False, asyncio.Event()
+        # One timer for all: asyncio.timeout() around each wait would take as long as the wait.
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(timeout, self._expire) if timeout else None
+
+    @property
+    def is_last(self) -> bool:
+        return self._output is not None and self._output.is_finished()
+
+    def put(self, output: GenerationOutput) -> None:
+        """On the event loop, once a step."""
+        self._output = output
+        self._arrived.set()
+        if output.is_finished():  # a reader that reads no more must not keep others out
+            self._at_last()
+
+    async def get(self) -> GenerationOutput:
+        await self._arrived.wait()
+        self._arrived.clear()
+        if self._is_late and not self.is_last:
+            raise TimeoutError
+        return self._output
+
+    def close(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+
+    def _expire(self) -> None:
+        self._is_late = True
+        self._arrived.set()
 
 
 class Report:
