@@ -7,39 +7,22 @@ with "tool" or "slot" are explained in `tool_rounds.py`.
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 
-import sentencepiece
-import torch
-from torch.nn.utils.rnn import pad_sequence
+from chatglm.tiny.tool_rounds import Tool, ToolRounds
+from chatglm.tools import declare
 
-from chatglm.tiny.tool_rounds import ToolRounds
-from chatglm.tokenizer import ChatGLMTokenizer
-from chatglm.tools import INTRODUCTION
+SYSTEM = 0.1     # how often a conversation opens with a system message
+LONG = 250       # characters; answers that are longer come up three times as often
+AGAIN = 0.4      # how often a turn that refers to the one before is followed by another such turn
+OTHER = 0.15     # how often "shorter" and "for example" are asked for in the other language
 
-PIECES = 3600  # SentencePiece vocabulary; the special tokens come after it
-BLANK = 0.05  # how many pieces of a question are blanked out, so that no single one decides
-SYSTEM = 0.1  # how often a conversation opens with a system message
-LONG = 250  # characters; answers that are longer come up three times as often
-TOOLLESS = 0.03  # how often a question needs a tool that is not there
-
-
-@dataclass
-class Batch:
-    """A kind of batch: what it holds, and how often it comes up."""
-
-    rows: int                  # conversations
-    share: float               # how often, among the kinds of a phase
-    follow_up: float = 0.0     # how often an exchange is one that refers to the exchange before
-    declared: int = 0          # tools at most
-    tools: float = 0.0         # how often one of them is asked for
-    length: int = 0            # a conversation grows until it has so many tokens
-    cut: int | None = None     # tokens of the last answer of one that does not grow
+# Questions that refer to the answer before: after a Chinese one, after an English one.
+TRANSLATE = ("用英文说", "Say that in Chinese")
+SHORTEN = ("再短一点", "Make it shorter")
+EXAMPLE = ("举个例子", "Give me an example")
 
 
 class Corpus:
@@ -48,10 +31,14 @@ class Corpus:
     def __init__(self, lines: list[dict], seed: int = 0) -> None:
         self.random = random.Random(seed)
         self.wordings: dict[str, list[str]] = {}
-        self.first, self.weights, self.follow_ups, self.systems = [], [], [], []
+        self.first, self.weights, self.systems = [], [], []
+        self.follow_ups: dict[str, dict[str, str]] = {}  # answer -> question that refers to it
         for line in lines:
             if "tool" not in line and "slot" not in line:
                 self._add(line["messages"])
+        self._link()
+        self.beginnings = [messages for messages in self.first
+                           if messages[1]["content"] in self.follow_ups]
         self.answers = [messages[1]["content"] for messages in self.first]
         self.rounds = ToolRounds(lines, self.answers, self.random, self.reword)
 
@@ -67,34 +54,64 @@ class Corpus:
             practice = 3 if len(messages[1]["content"]) > LONG else 1
             self.weights.append(practice * len(self.wordings[messages[0]["content"]]))
         else:
-            self.follow_ups.append(messages)
+            _, before, question, answer = (message["content"] for message in messages)
+            self.follow_ups.setdefault(before, {})[question] = answer
 
-    def exchange(self, follow_up: float) -> list[dict]:
-        """A question with its answer; with that probability, two, the second needing the first."""
-        if self.random.random() < TOOLLESS:
+    def _link(self) -> None:
+        """Turns after such turns, which no line spells out: the shorter answer or the example in
+        the other language, and an example after the shorter answer."""
+        for answers in list(self.follow_ups.values()):
+            for zh, en in (SHORTEN, EXAMPLE):
+                other = self.follow_ups.get(answers.get(TRANSLATE[0]), {})
+                if zh in answers and en in other:
+                    for text, question, translated in (
+                            (answers[zh], TRANSLATE[0], other[en]),
+                            (other[en], TRANSLATE[1], answers[zh])):
+                        self.follow_ups.setdefault(text, {}).setdefault(question, translated)
+            for shorten, example in zip(SHORTEN, EXAMPLE, strict=True):
+                if shorten in answers and example in answers:
+                    self.follow_ups[answers[shorten]].setdefault(example, answers[example])
+
+    def exchange(self, follow_up: float, toolless: float = 0.0) -> list[dict]:
+        """A question with its answer; with the probability `follow_up`, more of them, each about
+        the last; with `toolless`, one that needs a tool, and that it cannot be answered."""
+        draw = self.random
+        if draw.random() < toolless:
             return self.rounds.draw([])
-        if self.random.random() < follow_up:
-            messages = self.random.choice(self.follow_ups)
+        goes_on = draw.random() < follow_up
+        if goes_on:
+            messages = list(draw.choice(self.beginnings))
         else:
-            [messages] = self.random.choices(self.first, self.weights)
+            [messages] = draw.choices(self.first, self.weights)
+        while goes_on:
+            questions = self.follow_ups[messages[-1]["content"]]
+            question = draw.choice(list(questions))
+            messages += [{"role": "user", "content": self._either(question)},
+                         {"role": "assistant", "content": questions[question]}]
+            goes_on = questions[question] in self.follow_ups and draw.random() < AGAIN
         return [{**m, "content": self.reword(self.wording(m["content"]))}
                 if m["role"] == "user" else m for m in messages]
+
+    def _either(self, question: str) -> str:
+        """The question, sometimes in the other language: the answer stays in the last one's."""
+        for pair in (SHORTEN, EXAMPLE):
+            if question in pair and self.random.random() < OTHER:
+                return self.random.choice(pair)
+        return question
 
     def wording(self, question: str) -> str:
         """The question, or most often another wording of it."""
         return question if self.random.random() < 0.1 else self.random.choice(
             self.wordings[question])
 
-    def beginning(self, kind: Batch) -> tuple[list[dict], list[dict]]:
+    def beginning(self, most_tools: int) -> tuple[list[dict], list[Tool]]:
         """The system message, if any, and the tools that it declares."""
-        tools = self.rounds.declare(kind.declared) if kind.declared else []
-        text = ""
-        if (kind.declared or kind.follow_up) and self.random.random() < SYSTEM:
-            text = self.random.choice(self.systems)
+        tools = self.rounds.declare(most_tools) if most_tools else []
+        text = self.random.choice(self.systems) if self.random.random() < SYSTEM else ""
+        messages = [{"role": "system", "content": text}] if text else []
         if tools:
-            text = (text + "\n" + INTRODUCTION).lstrip()
-        message = {"role": "system", "content": text, "tools": [t.declaration for t in tools]}
-        return [message] if text else [], tools
+            messages = declare(messages, [tool.declaration for tool in tools])
+        return messages, tools
 
     def reword(self, text: str) -> str:
         """A question as people type it: see each line."""
@@ -117,80 +134,11 @@ class Corpus:
 
     def texts(self) -> list[str]:
         """Every text once, for the tokenizer."""
-        texts = {m["content"] for line in self.first + self.follow_ups for m in line}
+        texts = {m["content"] for line in self.first for m in line}
+        texts |= {answer for answers in self.follow_ups.values() for answer in answers.values()}
         texts |= {w for wordings in self.wordings.values() for w in wordings}
         for _ in range(300):
             tools = self.rounds.declare(4)
             texts |= {json.dumps([t.declaration for t in tools], indent=4, ensure_ascii=False)}
             texts |= {message["content"] for message in self.rounds.draw(tools)}
         return sorted(texts)
-
-
-def train_tokenizer(texts: list[str]) -> bytes:
-    """A SentencePiece model as published: BPE with byte fallback.
-
-    Its text is left as it is: the default normalisation would turn ，！； into ASCII. Emoji are not
-    in the vocabulary, so they take four byte pieces, as in the published one.
-    """
-    model = io.BytesIO()
-    lines = [line for text in texts
-             for line in re.sub("[\U0001F000-\U0001FAFF\ufffd]", "", text).split("\n")]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=PIECES,
-        byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True,
-        num_threads=1, minloglevel=2)
-    return model.getvalue()
-
-
-def encode(tokenizer: ChatGLMTokenizer, messages: list[dict], draw: random.Random,
-           cut: int | None = None) -> tuple[list, list]:
-    """Ids of a conversation, and for each whether the model learns to say it: answers, and
-    <|user|> as their end. Users' words are cut in another way each time (BPE dropout)."""
-    ids = [tokenizer.specials["[gMASK]"], tokenizer.specials["sop"]]
-    learn = [False, False]
-    for message in messages:
-        new = tokenizer.encode_message(message)
-        asks, answers = (message["role"] == role for role in ("user", "assistant"))
-        if asks and "exact" not in message and draw.random() < 0.8:
-            pieces = tokenizer.sp.encode(message["content"], enable_sampling=True, alpha=0.1)
-            new = new[:3] + [0 if draw.random() < BLANK else i for i in pieces]
-        if answers and message is messages[-1] and cut and len(new) > cut:
-            return ids + new[:cut], learn + [False] + [True] * (cut - 1)
-        ends = learn[-1] and not answers   # <|user|> ends an answer, <|observation|> a call
-        ids += new
-        learn += [ends] + [answers] * (len(new) - 1)
-    return ids + [tokenizer.specials["<|user|>"]], learn + [True]
-
-
-def conversation(corpus: Corpus, tokenizer: ChatGLMTokenizer, kind: Batch) -> tuple[list, list]:
-    """Ids of one conversation of that kind, and which to learn."""
-    messages, tools = corpus.beginning(kind)
-    ids: list[int] = []
-    while not ids or len(ids) < kind.length:
-        if tools and corpus.random.random() < kind.tools:
-            messages += corpus.rounds.draw(tools)
-        else:
-            messages += corpus.exchange(kind.follow_up)
-        ids, learn = encode(tokenizer, messages, corpus.random, kind.cut)
-    return ids, learn
-
-
-def batches(corpus: Corpus, tokenizer: ChatGLMTokenizer,
-            kinds: list[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Without end: input ids [rows, length], padded on the right, and which of them to learn.
-
-    Conversations of one length come together, or half of the work would be padding.
-    """
-    ready: list[list] = [[] for _ in kinds]
-    while True:
-        [i] = corpus.random.choices(range(len(kinds)), [kind.share for kind in kinds])
-        rows = kinds[i].rows
-        if not ready[i]:
-            drawn = sorted((conversation(corpus, tokenizer, kinds[i]) for _ in range(8 * rows)),
-                           key=lambda conversation: len(conversation[0]))
-            ready[i] = [drawn[at : at + rows] for at in range(0, len(drawn), rows)]
-            corpus.random.shuffle(ready[i])
-        ids, learn = zip(*ready[i].pop(), strict=True)
-        yield (pad_sequence([torch.tensor(row) for row in ids], batch_first=True),
-               pad_sequence([torch.tensor(row) for row in learn], batch_first=True))

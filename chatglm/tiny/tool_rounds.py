@@ -8,17 +8,21 @@ Three kinds of line in `corpus.jsonl` are about tools:
   answer's in several wordings, and what to say where it was not declared;
 - {"slot": "city_en", "values": [...]}: what {city} and other {slots} may be.
 
-Numbers, a fifth of the cities and some results are made up anew each time: what stands in a call
-or is said after a result must be copied, not known.
+Numbers, many of the cities and most of the results are made up anew each time: what stands in a
+call or is said after a result must be copied, not known.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+KNOWN = 0.6    # how often a city is one of those in the corpus
+MADE_UP = 0.6  # how often a result is one that no tool returns
+BRIEF = 0.4    # how often a tool is declared without its parameters
 NUMBERS = {"n": (-20, 40), "h": (1, 12), "hh": (0, 23), "mm": (0, 59), "nn": (1, 28)}
 
 
@@ -33,8 +37,9 @@ class ToolRounds:
 
     def __init__(self, lines: list[dict], answers: list[str], draw: random.Random,
                  reword: Callable[[str], str]) -> None:
-        self.random, self.reword, self.answers = draw, reword, answers
-        self.chinese = [text for text in answers if len(re.findall("[\u4e00-\u9fff]", text)) > 3]
+        self.random, self.reword = draw, reword
+        self.latin = re.findall("[A-Za-z]+", " ".join(answers))  # the frequent ones most often
+        self.chinese = "".join(re.findall("[\u4e00-\u9fff]", "".join(answers)))
         self.slots = {line["slot"]: line["values"] for line in lines if "slot" in line}
         self.tools = [line for line in lines if "name" in line]
         self.rounds = [line for line in lines if "tool" in line and "messages" in line]
@@ -50,6 +55,9 @@ class ToolRounds:
     def _declaration(self, line: dict) -> dict:
         """One of the many ways in which people declare a tool."""
         draw = self.random
+        short = {"name": line["name"], "description": draw.choice(line["descriptions"])}
+        if draw.random() < BRIEF:
+            return short
         properties: dict[str, dict] = {}
         for name, descriptions in line["parameters"].items():
             properties[name] = {"type": "string"}
@@ -59,11 +67,11 @@ class ToolRounds:
         schema = [("type", "object"), ("properties", properties), ("required", required)]
         if draw.random() < 0.3:   # as pydantic orders it
             schema = [*schema[1:], schema[0]]
-        return {"name": line["name"], "description": draw.choice(line["descriptions"]),
-                "parameters": dict(schema)}
+        return {**short, "parameters": dict(schema)}
 
-    def draw(self, tools: list[Tool]) -> list[dict]:
-        """A round, mostly with one of `tools`; else a question and that it cannot be answered."""
+    def draw(self, tools: list[Tool], given: bool = False) -> list[dict]:
+        """A round, mostly with one of `tools`; else a question and that it cannot be answered.
+        Where it is `given` that one is called, with any tool."""
         useful = {line["tool"] for line in self.rounds}
         kinds = useful & {tool.kind for tool in tools}
         if not kinds or self.random.random() < 0.1:
@@ -73,16 +81,37 @@ class ToolRounds:
         question, *reply = line["messages"]
         wording = self.random.choice(question["content"])
         values = {"city": self._city(wording), "a": self._number(), "b": self._number()}
-        question = {**question, "content": self._fill(self.reword(wording), values), "exact": True}
-        if all(tool.kind != kind for tool in tools):
+        question = {**question, "content": self._fill(self.reword(wording), values),
+                    "exact": " ".join(values.values())}
+        if not given and all(tool.kind != kind for tool in tools):
             return [question, {"role": "assistant", "content": line["undeclared"]}]
         filled = [question]
         for message in reply:
             content = message["content"]
             if message["role"] == "observation":
-                content = values["result"] = self._fill(self.random.choice(content), values)
-            filled.append({**message, "content": self._fill(content, values)})
+                content = values["result"] = self._result(content, values)
+            extra = {"given": True} if given and "metadata" in message else {}
+            filled.append({**message, "content": self._fill(content, values), **extra})
         return filled
+
+    def _result(self, contents: list[str], values: dict[str, str]) -> str:
+        draw = self.random
+        if draw.random() >= MADE_UP:
+            return self._fill(draw.choice(contents), values)
+        word = draw.choice([self._latin, self._chinese])
+
+        def value() -> str:
+            return draw.choice([word, word, self._number, lambda: self._fill("{hh}:{mm}", {}),
+                                lambda: f"{draw.randint(-40, 400) / 10}"])()
+        if draw.random() < 0.4:
+            fields = {word(): draw.choice([value(), draw.randint(-40, 4000), draw.random() < 0.5])
+                      for _ in range(draw.randint(1, 3))}
+            return json.dumps(fields, ensure_ascii=False,
+                              separators=draw.choice([(", ", ": "), (",", ":")]))
+        text = value()
+        for _ in range(draw.randrange(8)):
+            text += draw.choice([" ", " ", " ", ", ", "，", "-", ". "]) + value()
+        return text + draw.choice(["", "", ".", "。"])
 
     def _fill(self, text: str, values: dict[str, str]) -> str:
         """The text with its {slots} filled: from `values`, else with something new each time."""
@@ -94,28 +123,30 @@ class ToolRounds:
                 return str(draw.randint(*NUMBERS[slot])).zfill(len(slot))
             if slot == "number":
                 return self._number()
-            if slot == "text":   # a piece of any answer
-                words = draw.choice(self.answers)[:300].splitlines()[0]
-                at = draw.randrange(len(words))
-                return words[at : at + draw.randrange(4, 30)].strip() or "?"
             return draw.choice(self.slots[slot])
         return re.sub(r"\{([a-z_]+)\}", value, text)
 
     def _number(self) -> str:
         return str(self.random.randrange(10 ** self.random.randint(1, 4)))
 
+    def _latin(self) -> str:
+        """A word, or the halves of two, which nobody knows."""
+        word, other = self.random.choice(self.latin), self.random.choice(self.latin)
+        if self.random.random() < 0.5:
+            word = word[: len(word) // 2 + 1] + other[len(other) // 2 :]
+        return self.random.choice([word, word.lower(), word.capitalize()])
+
+    def _chinese(self) -> str:
+        """One to four characters that seldom stand together."""
+        starts = [self.random.randrange(len(self.chinese) - 2)
+                  for _ in range(self.random.randint(1, 2))]
+        return "".join(self.chinese[at : at + self.random.randint(1, 2)] for at in starts)
+
     def _city(self, question: str) -> str:
         """A city in the question's language, or a word that might be one."""
-        draw = self.random
-        language = "zh" if re.search("[\u4e00-\u9fff]", question) else "en"
-        if draw.random() < 0.8:
-            city = draw.choice(self.slots[f"city_{language}"])
-        elif language == "zh":
-            city = "".join(re.findall("[\u4e00-\u9fff]", draw.choice(self.chinese)))
-            at = draw.randrange(len(city))
-            city = city[at : at + draw.randint(2, 3)]
+        chinese = re.search("[\u4e00-\u9fff]", question)
+        if self.random.random() < KNOWN:
+            city = self.random.choice(self.slots["city_zh" if chinese else "city_en"])
         else:
-            city = "".join(draw.choice("bcdfghjklmnprstvwz") + draw.choice("aeiou")
-                           + draw.choice(["", "", "n", "r", "s", "l"])
-                           for _ in range(draw.randint(2, 4))).capitalize()
-        return city.lower() if draw.random() < 0.15 else city
+            city = self._chinese() if chinese else self._latin().capitalize()
+        return city.lower() if self.random.random() < 0.15 else city

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import itertools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,34 +25,28 @@ from transformers import GlmForCausalLM
 
 import chatglm
 from chatglm.glm import ROPE_BASE, translate_config
-from chatglm.tiny.corpus import Batch, Corpus, batches, train_tokenizer
+from chatglm.tiny.batches import Batch, batches, train_tokenizer
+from chatglm.tiny.corpus import Corpus
 from chatglm.tokenizer import ChatGLMTokenizer
 from chatglm.tools import declare, read_call, write_call
 
 HERE = Path(__file__).parent
 
 
-@dataclass
-class Phase:
-    """A part of the training, with a learning rate that goes up, stays, and goes down to 0."""
-
-    steps: int
-    muon_rate: float     # for the matrices inside the layers
-    adam_rate: float     # for everything else
-    average: float       # how much of the averaged weights each step keeps
-    batches: list[Batch]
-
-
-WARMUP_STEPS = 50
-PHASES = [
-    Phase(2800, 2e-2, 3e-3, 0.998, [
-        Batch(64, 0.33, cut=14),                                      # to recognise a question
-        Batch(48, 0.14, follow_up=0.9, cut=20),                       # one that needs the last
-        Batch(24, 0.15, follow_up=0.85),                              # answers to their end
-        Batch(16, 0.18, declared=1, tools=0.9, length=220),           # calls, and their results
-        Batch(6, 0.10, follow_up=0.15, declared=4, tools=0.7, length=600),
-        Batch(8, 0.06, follow_up=0.4, length=400),                    # the last turn of many
-        Batch(2, 0.04, follow_up=0.3, length=1600)]),
+STEPS = 2850
+WARMUP_STEPS = 50    # the learning rates go up, stay, and from half of the steps on go down
+MUON_RATE = 2e-2     # for the matrices inside the layers
+ADAM_RATE = 3e-3     # for everything else
+AVERAGE = 0.998      # how much of the averaged weights each step keeps
+BATCHES = [
+    Batch(72, 0.33, cut=14),                                      # to recognise a question
+    Batch(48, 0.13, follow_up=0.9, cut=20),                       # one that needs the last
+    Batch(24, 0.13, follow_up=0.85),                              # answers to their end
+    Batch(48, 0.14, tools=1.0),                                   # which tool, and with what
+    Batch(16, 0.15, declared=1, tools=0.9, length=240),           # whether to call one
+    Batch(6, 0.055, follow_up=0.15, declared=4, tools=0.7, length=600),
+    Batch(8, 0.04, follow_up=0.4, length=400),                    # the last turn of many
+    Batch(2, 0.025, follow_up=0.3, length=1600),
 ]
 
 CONFIG = {  # the fields of the published config.json of ChatGLM3-6B; the sizes are ours
@@ -104,22 +98,22 @@ def look_back(model: GlmForCausalLM, sharpness: float = 6.0) -> None:
         query[1:16:2] = -sharpness * torch.sin(distance * angles)
 
 
-def train(model: GlmForCausalLM, corpus: Corpus, tokenizer: ChatGLMTokenizer,
-          phase: Phase) -> GlmForCausalLM:
-    """One phase; returns the model with the average of its last weights."""
+def train(model: GlmForCausalLM, corpus: Corpus,
+          tokenizer: ChatGLMTokenizer) -> GlmForCausalLM:
+    """Returns the model with the average of its last weights."""
     # Muon for the matrices inside the layers learns in fewer steps than AdamW for everything.
     layers = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is q for q in layers)]
-    optimizers = [torch.optim.Muon(layers, lr=phase.muon_rate, weight_decay=0.1, momentum=0.95),
-                  torch.optim.AdamW(others, lr=phase.adam_rate, betas=(0.9, 0.98),
-                                    weight_decay=0.01)]
+    optimizers = [torch.optim.Muon(layers, lr=MUON_RATE, weight_decay=0.1, momentum=0.95),
+                  torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98),
+                                    weight_decay=0.01, fused=True)]
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / WARMUP_STEPS, 1.0, 0.02 + 2 * (1 - step / phase.steps)))
+        (step + 1) / WARMUP_STEPS, 1.0, 0.02 + 2 * (1 - step / STEPS)))
         for optimizer in optimizers]
     average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(phase.average))
-    drawn = itertools.islice(batches(corpus, tokenizer, phase.batches), phase.steps)
-    bar = tqdm(drawn, desc="training", unit="step", total=phase.steps)
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE))
+    drawn = itertools.islice(batches(corpus, tokenizer, BATCHES), STEPS)
+    bar = tqdm(drawn, desc="training", unit="step", total=STEPS)
     for input_ids, learn in bar:
         # Rows are padded on the right and attention looks left only, so no mask is needed.
         learn = learn[:, 1:]
@@ -176,8 +170,11 @@ TOOLS = [
 ]
 
 
+LONGEST = 400  # tokens; no answer has more, and one that repeats itself would go on for a minute
+
+
 async def answer(engine: chatglm.Engine, messages: list[dict], **settings) -> chatglm.Chunk:
-    async for chunk in engine.generate(messages, **settings):
+    async for chunk in engine.generate(messages, max_new_tokens=LONGEST, **settings):
         pass
     return chunk
 
@@ -212,14 +209,14 @@ def evaluate(folder: Path, seeds: range = range(5)) -> dict[str, float]:
         return sum(right) / len(right)
 
     async def shares() -> dict[str, float]:
-        with chatglm.Engine(tokenizer, model, max_waiting=len(lines)) as engine:
-            sampled = [await share_right(engine, "known", seed=seed) for seed in seeds]
-            return {"known, greedy": await share_right(engine, "known", temperature=0),
-                    "known, sampled": sum(sampled) / max(1, len(sampled)),
-                    "known, with tools": await share_right(engine, "known", tools=True,
-                                                           temperature=0),
-                    "unknown, greedy": await share_right(engine, "unknown", temperature=0),
-                    "tool, greedy": await share_right(engine, "tool", tools=True, temperature=0)}
+        with chatglm.Engine(tokenizer, model, max_waiting=9 * len(lines)) as engine:
+            share = functools.partial(share_right, engine)
+            greedy, tools, unknown, calls, *sampled = await asyncio.gather(
+                share("known", temperature=0), share("known", tools=True, temperature=0),
+                share("unknown", temperature=0), share("tool", tools=True, temperature=0),
+                *(share("known", seed=seed) for seed in seeds))
+        return {"known, greedy": greedy, "known, sampled": sum(sampled) / max(1, len(sampled)),
+                "known, with tools": tools, "unknown, greedy": unknown, "tool, greedy": calls}
     return asyncio.run(shares())
 
 
@@ -237,8 +234,7 @@ def main() -> None:
         torch.manual_seed(args.seed)
         model = GlmForCausalLM(translate_config(CONFIG, "the tiny ChatGLM"))
         look_back(model)
-        for phase in PHASES:
-            model = train(model, corpus, tokenizer, phase)
+        model = train(model, corpus, tokenizer)
         save(model.eval(), tokenizer_model, args.out)
     for name, share in evaluate(args.out).items():
         print(f"held-out questions, {name}: {share:.1%} right")
