@@ -75,7 +75,7 @@ def rounds(server: Running, prompts: Prompts, quick: bool) -> dict[str, list[dic
     found: dict[str, list[dict]] = {}
 
     def several(label: str, count: int, *given) -> None:
-        print(f"  {label}: {given[1:]}", flush=True)
+        print(f"  {label}: tokens, clients: {given[2:4]}", flush=True)
         runs = [load(server, *given) for _ in range(count)]
         found.setdefault(label, []).append(middle(runs))
 
@@ -129,7 +129,8 @@ def main(settings: argparse.Namespace) -> int:
                  [row(run, label) for label, runs in found.items() for run in runs])
     settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / "growth.md").write_text(f"{text}\n\n{verdict}\n", "utf-8")
-    (settings.out / "growth.json").write_text(json.dumps({**found, "first token": first}, indent=1) + "\n", "utf-8")
+    result = {**found, "first token": first}
+    (settings.out / "growth.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"\n{text}\n\n{verdict}\nsaved in {settings.out}")
     # Clients together must not cost more each than alone; OpenAI's bytes must follow the text.
     return int(max(cpu.values()) > STEEPEST or size["/v1"] > 1.1 or each > 0.1)
