@@ -11,7 +11,8 @@ from chatglm import attention
 
 CPU_CACHE_SHARE = 0.4   # of the free host memory, the most that the key/value cache may take
 CPU_BATCH_TOKENS = 256  # prompt tokens a step takes in: a long prompt must not hold up the others
-SMALL = 20_000_000      # parameters; a smaller network is faster on one core
+SMALL = 20_000_000      # parameters; a smaller network decodes faster on one core
+FEW = 64                # tokens in a step; it is decoding, then
 PAGE = 32               # tokens in a page of the cache: prefixes are shared by whole pages
 GIB = 2**30
 
@@ -73,13 +74,16 @@ def free_memory(device: torch.device) -> int:
 
 
 def use_threads(model: PreTrainedModel) -> None:
-    """Lets a small network run on one core, in whatever thread it is called: two would wait for
-    each other longer than they work, and one of them is wanted for the event loop."""
-    def one_thread(*_) -> None:
-        torch.set_num_threads(1)
+    """Lets a small network that takes few tokens run on one core, in whatever thread it is called:
+    several would wait for each other longer than they work, and the event loop wants one too."""
+    cores = torch.get_num_threads()
+
+    def choose(module, args, inputs: dict) -> None:
+        few = "input_ids" in inputs and inputs["input_ids"].numel() <= FEW
+        torch.set_num_threads(1 if few else cores)
     if model.device.type == "cpu" and model.num_parameters() < SMALL and not hasattr(
-            model, "runs_on_one_core"):
-        model.runs_on_one_core = model.register_forward_pre_hook(one_thread)
+            model, "chooses_threads"):
+        model.chooses_threads = model.register_forward_pre_hook(choose, with_kwargs=True)
 
 
 def cache_config(model: PreTrainedModel, max_requests: int,
