@@ -69,8 +69,7 @@ def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Ten
         tokens = [kept.flatten(0, 1) for kept in (kwargs["k_cache"], kwargs["v_cache"])]
         for kept, new in zip(tokens, (key, value), strict=True):
             kept.index_copy_(0, plan.last, new[0].transpose(0, 1))
-        key, value = (kept.index_select(0, plan.keys.flatten()).unflatten(0, plan.keys.shape)
-                      .transpose(1, 2) for kept in tokens)                      # [B, G, L, d]
+        key, value = (gather(kept, plan.keys) for kept in tokens)
         return decode(query, key, value, plan, scale).flatten(1, 2)[None], None
     out = torch.empty_like(query[0].transpose(0, 1))                                  # [T, H, d]
     for q, k in plan.prefill:
@@ -78,9 +77,14 @@ def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Ten
         mine = prefill(query[:, :, q], key[:, :, k], value[:, :, k], mask, scale)
         out[q] = mine[0].transpose(0, 1)
     if len(plan.tokens):
-        key, value = (kept[0][:, plan.keys].transpose(0, 1) for kept in (key, value))
+        key, value = (gather(read[0].transpose(0, 1), plan.keys) for read in (key, value))
         out[plan.tokens] = decode(query[:, :, plan.tokens], key, value, plan, scale).flatten(1, 2)
     return out[None], None
+
+
+def gather(kept: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The `keys` [B, L] of `kept` [K, G, d], as [B, G, L, d]."""
+    return kept.index_select(0, keys.flatten()).unflatten(0, keys.shape).transpose(1, 2)
 
 
 def decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan,

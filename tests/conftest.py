@@ -1,4 +1,4 @@
-"""What the tests of a running server share: one server at a time, with the flags a test asks for."""
+"""What the tests of a running server share: one at a time, with the flags a test asks for."""
 
 import pytest
 

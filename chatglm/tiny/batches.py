@@ -81,15 +81,14 @@ def spell(tokenizer: ChatGLMTokenizer, text: str, exact: str, draw: random.Rando
     """Ids of the text, some pieces cut in two or blanked out, but none that is in `exact`."""
     ids, sp = [], tokenizer.sp
     for piece in sp.encode(text, out_type=str):
-        at = 0
-        if piece.strip("▁") not in exact and len(piece) > 1 and draw.random() < CUT:
-            at = draw.randrange(1, len(piece))
+        if piece.strip("▁") in exact:
+            ids.append(sp.piece_to_id(piece))
+            continue
+        at = draw.randrange(1, len(piece)) if len(piece) > 1 and draw.random() < CUT else 0
         parts = [sp.piece_to_id(part) for part in (piece[:at], piece[at:]) if part]
         if sp.unk_id() in parts:
             parts = [sp.piece_to_id(piece)]
-        if piece.strip("▁") not in exact:
-            parts = [0 if draw.random() < BLANK else part for part in parts]
-        ids += parts
+        ids += [0 if draw.random() < BLANK else part for part in parts]
     return ids
 
 
