@@ -13,6 +13,7 @@ is now is sent; (4) it ends, or its reader hangs up, and its place is free.
 
 import argparse
 import asyncio
+import gc
 import hmac
 import json
 import logging
@@ -24,7 +25,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -135,6 +136,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     logger.setLevel(logging.INFO)
     if not hasattr(app.state, "loaded"):  # under `uvicorn api:app` there was no main()
         load(parse_settings([]))
+    gc.freeze()  # what is loaded stays; to look through it takes half a second, also at the end
     limits = {name: getattr(app.state.settings, name)
               for name in ("max_concurrency", "max_waiting", "max_length", "timeout")}
     with chatglm.Engine(*app.state.loaded, **limits) as app.state.engine:
@@ -393,7 +395,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with suppress(KeyboardInterrupt):
         main()
-    except KeyboardInterrupt:
-        pass

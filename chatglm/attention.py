@@ -2,7 +2,8 @@
 
 transformers' continuous batching lays all requests of a step in one row and masks what is not a
 request's own. With 64 requests, 63 of 64 products are thrown away; and since 0 times NaN is NaN, a
-request whose numbers are broken breaks its neighbours'. A GPU takes the library's way.
+request whose numbers are broken breaks its neighbours'. Under its own name, this attention gets no
+mask: the library then makes none. A GPU takes the library's way.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class Plan(NamedTuple):
-    """Where the requests of a step lie; the same for every layer."""
+    """Where the requests of a step lie; the same for all layers with the same window."""
 
-    prefill: list[tuple[slice, slice]]  # new tokens, and keys, of each request with several new
+    # New tokens, and keys, of each request with several new; a mask [n, K], where not just causal.
+    prefill: list[tuple[slice, slice, torch.Tensor | None]]
     tokens: torch.Tensor                # [B], the token of each request with one new
     keys: torch.Tensor                  # [B, L], its keys, filled up with its first
     own: torch.Tensor                   # [B, 1, 1, L], which of them count
@@ -26,10 +28,11 @@ class Plan(NamedTuple):
 
 
 def make_plan(q_ends: torch.Tensor, k_ends: torch.Tensor, table: torch.Tensor | None,
-              page: int) -> Plan:
+              page: int, window: int | None) -> Plan:
     """From the cumulative numbers of new tokens and of keys, both with a 0 in front. With a
     `table` [B, pages], of where each request's pages of `page` tokens lie, its keys are where they
-    are in the cache; else where they are in what has been read from it."""
+    are in the cache; else where they are in what has been read from it. A token looks at the last
+    `window` keys up to itself, or at all of these."""
     alone = q_ends.diff() == 1                                        # of all requests
     starts, lengths = k_ends[:-1][alone, None], k_ends.diff()[alone, None]            # [B, 1]
     steps = torch.arange(int(lengths.max()) if len(lengths) else 0)                   # [L]
@@ -39,15 +42,18 @@ def make_plan(q_ends: torch.Tensor, k_ends: torch.Tensor, table: torch.Tensor | 
         keys = keys + starts
     else:
         keys = table.long().gather(1, keys // page) * page + keys % page
-    spans = [(slice(*q_ends[i : i + 2].tolist()), slice(*k_ends[i : i + 2].tolist()))
-             for i in (~alone).nonzero().squeeze(1).tolist()]
+    spans = []
+    for i in (~alone).nonzero().squeeze(1).tolist():
+        (q, q_end), (k, k_end) = q_ends[i : i + 2].tolist(), k_ends[i : i + 2].tolist()
+        new, count = q_end - q, k_end - k
+        hidden = torch.ones(new, count, dtype=torch.bool).triu(count - new + 1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril(count - new - window)
+        plain = new == count and (window is None or count <= window)
+        spans.append((slice(q, q_end), slice(k, k_end), None if plain else
+                      torch.zeros(new, count).masked_fill(hidden, -torch.inf)))
     return Plan(spans, q_ends[:-1][alone], keys, own[:, None, None],
                 keys.gather(1, lengths - 1).squeeze(1))
-
-
-def install() -> None:
-    """Makes it what continuous batching finds as "sdpa"; all else goes the library's own way."""
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = paged_attention
 
 
 def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
@@ -60,10 +66,11 @@ def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Ten
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     key, value = cache.update(key, value, module.layer_idx, kwargs)             # [1, G, K, d]
     scale, table = kwargs.get("scaling"), kwargs.get("block_table")
-    if module.layer_idx == 0:
+    ends = kwargs["cu_seq_lens_k"]
+    if getattr(cache, "plan_for", None) is not ends:  # a new step, or a layer of another window
         page = kwargs["k_cache"].shape[1] if table is not None else 0
-        cache.plan = make_plan(kwargs["cu_seq_lens_q"].long(), kwargs["cu_seq_lens_k"].long(),
-                               table, page)
+        cache.plan_for, cache.plan = ends, make_plan(
+            kwargs["cu_seq_lens_q"].long(), ends.long(), table, page, kwargs.get("sliding_window"))
     plan = cache.plan
     if table is not None:  # every request has one new token, and no key has been written or read
         tokens = [kept.flatten(0, 1) for kept in (kwargs["k_cache"], kwargs["v_cache"])]
@@ -72,8 +79,8 @@ def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Ten
         key, value = (gather(kept, plan.keys) for kept in tokens)
         return decode(query, key, value, plan, scale).flatten(1, 2)[None], None
     out = torch.empty_like(query[0].transpose(0, 1))                                  # [T, H, d]
-    for q, k in plan.prefill:
-        mask = attention_mask[..., q, k]
+    for q, k, mask in plan.prefill:
+        mask = mask if mask is None else mask.to(query.dtype)
         mine = prefill(query[:, :, q], key[:, :, k], value[:, :, k], mask, scale)
         out[q] = mine[0].transpose(0, 1)
     if len(plan.tokens):
@@ -96,15 +103,21 @@ def decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Pl
     return scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
 
 
-def prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor,
-            scale: float | None) -> torch.Tensor:
-    """Attention within one request, causal by `mask`. What comes before a NaN stays whole: its
-    pages of the cache may be shared with a prompt that begins alike."""
-    def attend(last: int | None = None, step: slice = slice(None)) -> torch.Tensor:
+def prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+            mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:
+    """Attention within one request, causal, by `mask` where there are older keys. What comes
+    before a NaN stays whole: its pages of the cache may be shared with a prompt that begins alike.
+    """
+    def attend(queries: slice, last: int, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
         return scaled_dot_product_attention(
-            query[:, :, step], key[:, :, :last], value[:, :, :last],
-            attn_mask=mask[..., step, :last], scale=scale, enable_gqa=True)
+            query[:, :, queries], key[:, :, :last], value[:, :, :last], attn_mask=mask,
+            is_causal=causal, scale=scale, enable_gqa=True)
+    new, count = query.shape[2], key.shape[2]
     if torch.isfinite(value.sum()):
-        return attend()
-    past = key.shape[2] - query.shape[2]
-    return torch.cat([attend(past + i + 1, slice(i, i + 1)) for i in range(query.shape[2])], dim=2)
+        return attend(slice(new), count, mask, mask is None)
+    return torch.cat([attend(slice(i, i + 1), count - new + i + 1, None, False)
+                      for i in range(new)], dim=2)
+
+
+NAME = "paged_by_request"
+ALL_ATTENTION_FUNCTIONS.register(NAME, paged_attention)

@@ -7,8 +7,6 @@ import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from chatglm import attention
-
 CPU_CACHE_SHARE = 0.4   # of the free host memory, the most that the key/value cache may take
 CPU_BATCH_TOKENS = 256  # prompt tokens a step takes in: a long prompt must not hold up the others
 SMALL = 20_000_000      # parameters; a smaller network decodes faster on one core
@@ -97,7 +95,6 @@ def cache_config(model: PreTrainedModel, max_requests: int,
     # auto_switch_to_flash would fetch a flash attention from the hub by itself.
     settings |= dict(page_size=PAGE, auto_switch_to_flash=False)
     if model.device.type == "cpu":
-        attention.install()
         config = model.config
         page_bytes = (2 * PAGE * config.num_key_value_heads * config.head_dim
                       * config.num_hidden_layers * model.dtype.itemsize)

@@ -19,6 +19,7 @@ from contextlib import aclosing
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from chatglm import attention
 from chatglm.chat import extend_history, to_messages
 from chatglm.device import cache_config, use_threads
 from chatglm.detokenizer import Detokenizer
@@ -73,9 +74,7 @@ class Engine:
         """Allocates the cache and starts the thread; after its death, both anew."""
         if self.running:
             return
-        if self._manager is not None:
-            self._manager.stop(hard_stop=True)   # joins the dead thread, frees its cache
-            self._manager = None
+        self._end_thread()
         self._stopping = False
         model, stop_ids = self.model, self.tokenizer.stop_ids
         manager = model.init_continuous_batching(
@@ -84,7 +83,8 @@ class Engine:
         manager.logit_processor = Sampler(
             model.config.vocab_size, self.max_concurrency, model.device)
         use_threads(model)
-        if model.device.type == "cpu":  # attention.py finds pages itself, as flash attention does
+        if model.device.type == "cpu":
+            model.set_attn_implementation(attention.NAME)  # finds pages itself, as flash does
             manager.continuous_batching_config.max_blocks_per_request = math.ceil(
                 self.longest / manager.continuous_batching_config.page_size)
         manager.warmup()  # builds the cache here, so that a lack of memory shows at start-up
@@ -101,9 +101,15 @@ class Engine:
     def stop(self) -> None:
         """Ends the thread after its current step; answers under way end as `cancelled`."""
         self._stopping = True
+        self._end_thread()
+
+    def _end_thread(self) -> None:
+        """Joins the thread, if there is one, dead or alive, and frees its cache."""
         if self._manager is not None:
             self._manager.stop(block=True, hard_stop=True)
             self._manager = None
+        if self.model.config._attn_implementation == attention.NAME:
+            self.model.set_attn_implementation("sdpa")
 
     def __enter__(self) -> Engine:
         self.start()

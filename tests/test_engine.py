@@ -6,8 +6,10 @@ import threading
 from contextlib import aclosing
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import chatglm
 from chatglm.chat import to_messages
@@ -61,6 +63,22 @@ def test_greedy_answers_equal_generate(engine, loaded):
     for question in QUESTIONS:
         chunk = asyncio.run(last(engine, question, temperature=0, max_new_tokens=30))
         assert chunk.raw == generate(loaded, question, 30)
+
+
+def test_layers_that_look_back_only_so_far_answer_as_in_generate(loaded):
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(
+        vocab_size=loaded[1].config.vocab_size, hidden_size=64, intermediate_size=96, head_dim=16,
+        num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=8, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3))
+    questions = [word * times for word, times in zip(QUESTIONS, (1, 30, 60, 200))]
+
+    async def together(engine):
+        return await asyncio.gather(*(last(engine, question, temperature=0, max_new_tokens=20)
+                                      for question in questions))
+    with chatglm.Engine(loaded[0], model.eval()) as engine:
+        chunks = asyncio.run(together(engine))
+    assert [c.text for c in chunks] == [generate((loaded[0], model), q, 20) for q in questions]
 
 
 def test_repetition_penalty_equals_generate_among_neighbours_without_it(engine, loaded):
@@ -215,3 +233,26 @@ def test_the_next_turn_reads_the_cache_of_the_turn_before(engine, loaded):
         return seen[0], len(loaded[0].encode_chat(to_messages("and", history)))
     prefilled, prompt = asyncio.run(scenario())
     assert prefilled < prompt / 2
+
+
+def test_after_a_thousand_requests_many_cancelled_pages_and_memory_are_back(engine):
+    draw, resident = random.Random(2), []
+    cache = engine._manager.batch_processor.cache
+    free = cache.compute_free_capacity()
+
+    async def ask():
+        prompt = draw.choice(QUESTIONS) * draw.randrange(1, 9)
+        async with aclosing(engine.generate(to_messages(prompt), max_new_tokens=10)) as chunks:
+            async for _ in chunks:
+                if draw.random() < 0.1:
+                    break
+
+    async def ask_all():
+        for _ in range(20):
+            await asyncio.gather(*(ask() for _ in range(50)))
+            await until(lambda: is_empty(engine))
+            resident.append(psutil.Process().memory_info().rss)
+    asyncio.run(ask_all())
+    cache.evict_cached_blocks()  # kept for prompts that begin alike
+    assert cache.compute_free_capacity() == free
+    assert resident[-1] - resident[4] < 16 * 2**20
