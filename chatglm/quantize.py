@@ -45,12 +45,16 @@ def pick_quantization(kind: str | None, device: torch.device,
 
 
 def needed_bytes(skeleton, kind: str | None, dtype: torch.dtype) -> int:
-    """Memory for the weights of a network of which only the shapes are there."""
+    """Memory for the weights of a network of which only the shapes are there. Raises ValueError if
+    its rows cannot be cut into blocks."""
     needed = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
     if kind is None:
         return needed
-    for module in skeleton.modules():
+    for name, module in skeleton.named_modules():
         if type(module) is torch.nn.Linear and module is not skeleton.get_output_embeddings():
+            if kind == "int4" and module.in_features % BLOCK:  # it would fail at the first token
+                raise ValueError(f"int4 needs rows of a multiple of {BLOCK} numbers, and those of "
+                                 f"{name} have {module.in_features}; use int8")
             count = module.weight.numel()
             blocks = math.ceil(count / BLOCK)
             needed -= count * dtype.itemsize
