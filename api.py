@@ -24,7 +24,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +49,8 @@ FLAGS = {  # type, default, least value, what it says
     "model": (str, None, None, "a folder or a hub id (default: the tiny ChatGLM in chatglm/tiny)"),
     "device": (str, "auto", None, "auto, cuda, cuda:1, mps or cpu"),
     "dtype": (str, "auto", None, "auto, bfloat16, float16 or float32"),
+    "quantize": (str, None, None, "int8 or int4: smaller weights, for a small GPU"),
+    "devices": (int, 1, 1, "GPUs of this machine to share the network out over"),
     "chat-format": (str, None, None, "chatglm2 or chatglm3, where the checkpoint does not say"),
     "host": (str, "127.0.0.1", None, "0.0.0.0 lets other machines in"),
     "port": (int, 8000, 0, "the port to listen on"),
@@ -143,8 +145,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def load(settings: argparse.Namespace) -> None:
     app.state.settings = settings
-    app.state.loaded = chatglm.load(
-        settings.model, settings.device, settings.dtype, settings.chat_format)
+    names = ("model", "device", "dtype", "chat_format", "quantize", "devices")
+    app.state.loaded = chatglm.load(*(getattr(settings, name) for name in names))
     ORIGINS[:] = re.split(r"[,\s]+", settings.cors_origin)
 
 
@@ -393,7 +395,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with suppress(KeyboardInterrupt):
         main()
-    except KeyboardInterrupt:
-        pass

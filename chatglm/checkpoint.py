@@ -15,12 +15,14 @@ from pickle import UnpicklingError
 import torch
 from transformers import (AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig,
                           PreTrainedTokenizerFast)
+from transformers.distributed import DistributedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from chatglm.chat import ChatMixin
 from chatglm.device import check_memory, pick_device, pick_dtype
+from chatglm.devices import check_devices, launch
 from chatglm.files import check_weights, find_folder, how_to_get, read_json
 from chatglm.glm import ChatGLMForConditionalGeneration, translate_config
 from chatglm.quantize import pick_quantization, wrong_shapes
@@ -28,17 +30,19 @@ from chatglm.tokenizer import ChatGLMTokenizer, TemplateTokenizer
 
 
 def load(path: str | Path | None = None, device: str = "auto", dtype: str = "auto",
-         chat_format: str | None = None, quantize: str | None = None):
+         chat_format: str | None = None, quantize: str | None = None, devices: int = 1):
     """(tokenizer, model) of a checkpoint, ready to chat.
 
     `path` is a local folder (the network is then never asked), a hub id such as
     `THUDM/chatglm3-6b`, or None for the bundled tiny ChatGLM. `device` is auto (CUDA, else CPU),
     cuda, cuda:1, mps or cpu. `dtype` is auto (on a GPU bfloat16 if it has it, else float16; on a
     CPU float32), bfloat16, float16 or float32. `chat_format` overrides what the files say:
-    chatglm2, chatglm3 or template. `quantize` int8 or int4 makes the weights smaller while they are
-    read. Raises ValueError for what cannot be served.
+    chatglm2, chatglm3 or template. `quantize`, int8 or int4, makes the weights smaller while they
+    are read. `devices` over 1 shares the network out over so many GPUs, for an `Engine` only:
+    `chat` would wait for the others. Raises ValueError for what cannot be served.
     """
     target = pick_device(device)
+    check_devices(devices, device, target, quantize)
     folder = find_folder(path)
     published = read_json(folder / "config.json")
     refuse_unservable(published, folder)
@@ -55,8 +59,11 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: str = "aut
         tokenizer = load_template_tokenizer(folder, config, chat_format)
     precision = pick_dtype(dtype, target)
     quantization = pick_quantization(quantize, target, precision)
-    check_memory(model_class, config, target, precision, quantize)
-    model = load_weights(model_class, folder, shards, config, target, precision, quantization)
+    check_memory(model_class, config, target, precision, quantize, devices)
+    if devices > 1:
+        launch(devices, target, {"path": str(folder), "dtype": dtype, "chat_format": chat_format})
+    model = load_weights(model_class, folder, shards, config, target, precision, quantization,
+                         devices)
     return tokenizer, model
 
 
@@ -68,8 +75,8 @@ def refuse_unservable(published: dict, folder: Path) -> None:
     quantised = published.get("quantization_bit") or published.get("quantization_config")
     if model_type == "chatglm" and quantised:
         raise ValueError(f"{folder} is quantised ({quantised!a}); load the full-precision "
-                         "checkpoint, which has the same name without -int4 or -int8, and quantise "
-                         "it on the way with --quantize int4 or int8")
+                         "checkpoint, which has the same name without -int4 or -int8; "
+                         "--quantize int4 makes it as small")
     if model_type == "chatglm" and {"position_encoding_2d", "inner_hidden_size"} & set(published):
         raise ValueError(f"{folder} is the first ChatGLM-6B, another network than its successors; "
                          "use ChatGLM2-6B, ChatGLM3-6B or GLM-4")
@@ -166,16 +173,18 @@ def load_template_tokenizer(folder: Path, config, chat_format: str | None) -> Te
 # 2. Onto the device
 
 def load_weights(model_class, folder: Path, shards: list[Path], config, device: torch.device,
-                 dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None):
+                 dtype: torch.dtype, quantization: BitsAndBytesConfig | None, devices: int):
     """Streams the shards onto the device. Raises ValueError if a tensor is missing, left over or
     of another shape than the configuration says."""
     # Of the same name, because the table in glm.py goes by it.
     chatting = type(model_class.__name__, (ChatMixin, model_class), {})
+    place = ({"device_map": {"": device}} if devices == 1
+             else {"distributed_config": DistributedConfig(tp_size=devices)})
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # its report of a mismatch is pages long; ours follows
     try:
         model, report = chatting.from_pretrained(
-            folder, config=config, dtype=dtype, device_map={"": device}, local_files_only=True,
+            folder, config=config, dtype=dtype, **place, local_files_only=True,
             use_safetensors=shards[0].suffix == ".safetensors", ignore_mismatched_sizes=True,
             quantization_config=quantization, output_loading_info=True)
     except UnpicklingError as error:

@@ -8,6 +8,7 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from chatglm import attention
+from chatglm.devices import check_shares, is_shared
 from chatglm.quantize import needed_bytes
 
 CPU_CACHE_SHARE = 0.4   # of the free host memory, the most that the key/value cache may take
@@ -51,11 +52,16 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_memory(model_class, config, device: torch.device, dtype: torch.dtype,
-                 quantize: str | None = None) -> None:
+                 quantize: str | None = None, devices: int = 1) -> None:
     """Raises ValueError if the weights alone are more than the device has free."""
     with torch.device("meta"):      # shapes only, nothing is allocated
         skeleton = model_class(config)
     needed = needed_bytes(skeleton, quantize, dtype)
+    if devices > 1:
+        check_shares(skeleton, devices)
+        shared = sum(p.numel() for name, p in skeleton.named_parameters()
+                     if is_shared(skeleton, name)) * dtype.itemsize
+        needed -= shared - shared // devices
     free = free_memory(device)
     if needed > free:
         name = quantize or str(dtype).removeprefix("torch.")

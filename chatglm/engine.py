@@ -22,6 +22,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from chatglm.chat import extend_history, to_messages
 from chatglm.device import cache_config, use_threads
 from chatglm.detokenizer import Detokenizer
+from chatglm.devices import agree
 from chatglm.places import Places
 from chatglm.request import Chunk, EngineError, Newest, Report, Request, finish_reason
 from chatglm.sampler import Sampler
@@ -77,6 +78,7 @@ class Engine:
             self._manager.stop(hard_stop=True)   # joins the dead thread, frees its cache
             self._manager = None
         self._stopping = False
+        self.max_concurrency, self.longest = agree(self.max_concurrency, self.longest)
         model, stop_ids = self.model, self.tokenizer.stop_ids
         manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0]),
@@ -104,6 +106,10 @@ class Engine:
         if self._manager is not None:
             self._manager.stop(block=True, hard_stop=True)
             self._manager = None
+
+    def follow(self) -> None:
+        """Waits for the thread to end: it takes the steps of another process (devices.py)."""
+        self._manager.join(0)
 
     def __enter__(self) -> Engine:
         self.start()
