@@ -50,6 +50,8 @@ FLAGS = {  # type, default, least value, what it says
     "model": (str, None, None, "a folder or a hub id (default: the tiny ChatGLM in chatglm/tiny)"),
     "device": (str, "auto", None, "auto, cuda, cuda:1, mps or cpu"),
     "dtype": (str, "auto", None, "auto, bfloat16, float16 or float32"),
+    "quantize": (str, None, None, "int8 or int4: smaller weights, for a small GPU"),
+    "devices": (int, 1, 1, "GPUs of this machine to share the network out over"),
     "chat-format": (str, None, None, "chatglm2 or chatglm3, where the checkpoint does not say"),
     "host": (str, "127.0.0.1", None, "0.0.0.0 lets other machines in"),
     "port": (int, 8000, 0, "the port to listen on"),
@@ -145,8 +147,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def load(settings: argparse.Namespace) -> None:
     app.state.settings = settings
-    app.state.loaded = chatglm.load(
-        settings.model, settings.device, settings.dtype, settings.chat_format)
+    names = ("model", "device", "dtype", "chat_format", "quantize", "devices")
+    app.state.loaded = chatglm.load(*(getattr(settings, name) for name in names))
     ORIGINS[:] = re.split(r"[,\s]+", settings.cors_origin)
 
 
@@ -204,8 +206,7 @@ async def admit(request: Request, kind: type[Sampling]) -> tuple:
 
 
 class AnswerResponse(StreamingResponse):
-    """Breaks off where the engine fails: uvicorn closes the connection of a response without an
-    end, so no reader takes half an answer for a whole one."""
+    """Breaks off where the engine fails, so no reader takes half an answer for a whole one."""
 
     async def stream_response(self, send) -> None:
         try:
@@ -215,8 +216,7 @@ class AnswerResponse(StreamingResponse):
 
 
 class WholeResponse(StreamingResponse):
-    """JSON, sent when there is all of it, so that a failure can become a status. As a stream, it
-    learns of a reader that hangs up; a route that just returns JSON does not."""
+    """JSON, sent when all of it is there: a failure becomes a status, a hang-up is noticed."""
     media_type = "application/json"
 
     async def stream_response(self, send) -> None:

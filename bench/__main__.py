@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     decode.add_argument("--preset", choices=["chatglm3-6b", "tiny"], default="tiny")
     decode.add_argument("--device", default="auto")
     decode.add_argument("--dtype", default="auto")
+    decode.add_argument("--quantize", choices=["int8", "int4"])
     decode.add_argument("--batch", type=numbers, default=[1, 8, 64, 256])
     decode.add_argument("--tokens", type=int, default=128, help="of each answer (default: 128)")
     for command in (compare, growth, soak, decode):

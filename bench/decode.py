@@ -1,6 +1,6 @@
 """How near decoding comes to the device's memory bandwidth.
 
-    python -m bench decode --preset chatglm3-6b|tiny
+    python -m bench decode --preset chatglm3-6b|tiny [--quantize int8|int4]
 
 A step reads every weight once and each request's keys and values once, so the bytes of these over
 the bandwidth is the least time it can take. Weights are random, made on the device: speed does
@@ -16,6 +16,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 import torch
+from transformers.quantizers import AutoHfQuantizer
 
 import chatglm
 from bench import weights
@@ -24,6 +25,7 @@ from chatglm.checkpoint import load_chatglm_tokenizer
 from chatglm.device import CPU_BATCH_TOKENS, GIB, check_memory, pick_device, pick_dtype
 from chatglm.files import TINY, read_json
 from chatglm.glm import ChatGLMForConditionalGeneration, translate_config
+from chatglm.quantize import held_bytes, pick_quantization
 
 PROMPT = 128     # tokens of each prompt
 COPIES = 10      # of the block whose copying shows the bandwidth
@@ -45,13 +47,13 @@ class Progress:
     ended: bool = False
 
 
-def build(preset: str, device: torch.device, dtype: torch.dtype):
-    """A network with random weights, made where it will run."""
+def build(preset: str, device: torch.device, dtype: torch.dtype, quantize: str | None):
+    """A network with random weights, made where it will run, in full before it is quantised."""
     published = CHATGLM3_6B if preset == "chatglm3-6b" else read_json(TINY / "config.json")
     config = translate_config(published, preset)
     tokenizer = load_chatglm_tokenizer(TINY, "chatglm3")
     config.eos_token_id = tokenizer.stop_ids
-    check_memory(ChatGLMForConditionalGeneration, config, device, dtype)
+    check_memory(ChatGLMForConditionalGeneration, config, device, dtype)  # as it begins
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -62,7 +64,23 @@ def build(preset: str, device: torch.device, dtype: torch.dtype):
         torch.set_default_dtype(default)
     with torch.no_grad():
         weights.never_stop(model.lm_head.weight, tokenizer.sp.vocab_size())
+    if config := pick_quantization(quantize, device, dtype):
+        make_small(model, config)
     return tokenizer, model.eval()
+
+
+def make_small(model, config) -> None:
+    """What transformers' loading does to each matrix, for a network that no file holds."""
+    quantizer = AutoHfQuantizer.from_config(config)
+    before = {name: (module.weight, module.bias) for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear)}
+    quantizer.preprocess_model(model, device_map=None)
+    convert = quantizer.get_quantize_ops().convert
+    for name, (weight, bias) in before.items():
+        key, module = f"{name}.weight", model.get_submodule(name)
+        if quantizer.param_needs_quantization(model, key):
+            module.weight = convert({key: weight.data}, model=model, full_layer_name=key)[key]
+            module.bias = bias
 
 
 def bandwidth(device: torch.device) -> float:
@@ -88,13 +106,11 @@ def synchronise(device: torch.device) -> None:
 def step_bytes(model, batch: int, context: float) -> float:
     """What one decoding step must read: the weights, and the keys and values of each request."""
     config = model.config
-    size = model.dtype.itemsize
     # Of the embedding only a row per request is read, unless it is the output layer as well.
     own_head = model.lm_head.weight is not model.model.embed_tokens.weight
-    numbers = sum(p.numel() for p in model.parameters())
-    numbers -= own_head * model.model.embed_tokens.weight.numel()
+    weights = held_bytes(model) - own_head * model.model.embed_tokens.weight.nbytes
     kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return size * (numbers + batch * context * kept)
+    return weights + model.dtype.itemsize * batch * context * kept
 
 
 async def follow(engine: chatglm.Engine, request, progress: Progress) -> None:
@@ -141,7 +157,7 @@ def main(settings: argparse.Namespace) -> int:
     """Prints and saves one table."""
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
-    tokenizer, model = build(settings.preset, device, dtype)
+    tokenizer, model = build(settings.preset, device, dtype, settings.quantize)
     speed = bandwidth(device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     rows, results = [], []
@@ -153,14 +169,17 @@ def main(settings: argparse.Namespace) -> int:
         rows.append([str(batch), f"{rate:,.0f}", f"{1000 * batch / rate:,.2f}",
                      f"{1000 * least:,.2f}", f"{limit:,.0f}", f"{rate / limit:.0%}"])
         print(f"  batch {batch}: {rate:,.0f} tokens/s", flush=True)
-    title = (f"{settings.preset} on {where}, {dtype}, copies at {speed / 1e9:,.0f} GB/s")
+    held = held_bytes(model)
+    title = (f"{settings.preset} on {where}, {settings.quantize or dtype}, weights of "
+             f"{held / 1e9:,.3g} GB, copies at {speed / 1e9:,.0f} GB/s")
     text = title + "\n\n" + table(
         ["batch", "tokens/s", "ms/step", "least ms/step", "limit tokens/s", "share"], rows)
     settings.out.mkdir(parents=True, exist_ok=True)
-    name = f"decode-{settings.preset}-{device.type}"
+    name = "-".join(filter(None, ["decode", settings.preset, device.type, settings.quantize]))
     (settings.out / f"{name}.md").write_text(text + "\n", "utf-8")
     (settings.out / f"{name}.json").write_text(json.dumps(
-        {"where": where, "dtype": str(dtype), "bytes_per_s": speed, "results": results},
+        {"where": where, "dtype": str(dtype), "quantize": settings.quantize, "held_bytes": held,
+         "bytes_per_s": speed, "results": results},
         indent=1) + "\n", "utf-8")
     print(f"\n{text}\nsaved in {settings.out}")
     return 0

@@ -4,7 +4,7 @@
     response, history = model.chat(tokenizer, "你好")
     engine = chatglm.Engine(tokenizer, model)                # for a server
 
-Reading order: glm.py, tokenizer.py, device.py, files.py, checkpoint.py,
+Reading order: glm.py, tokenizer.py, quantize.py, devices.py, device.py, files.py, checkpoint.py,
 tools.py, detokenizer.py, chat.py, sampler.py, attention.py, request.py, places.py, engine.py;
 bodies.py and completions.py: what requests may hold.
 """

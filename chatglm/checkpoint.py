@@ -13,29 +13,36 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig,
+                          PreTrainedTokenizerFast)
+from transformers.distributed import DistributedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from chatglm.chat import ChatMixin
 from chatglm.device import check_memory, pick_device, pick_dtype
+from chatglm.devices import check_devices, launch
 from chatglm.files import check_weights, find_folder, how_to_get, read_json
 from chatglm.glm import ChatGLMForConditionalGeneration, translate_config
+from chatglm.quantize import pick_quantization, wrong_shapes
 from chatglm.tokenizer import ChatGLMTokenizer, TemplateTokenizer
 
 
 def load(path: str | Path | None = None, device: str = "auto", dtype: str = "auto",
-         chat_format: str | None = None):
+         chat_format: str | None = None, quantize: str | None = None, devices: int = 1):
     """(tokenizer, model) of a checkpoint, ready to chat.
 
     `path` is a local folder (the network is then never asked), a hub id such as
     `THUDM/chatglm3-6b`, or None for the bundled tiny ChatGLM. `device` is auto (CUDA, else CPU),
     cuda, cuda:1, mps or cpu. `dtype` is auto (on a GPU bfloat16 if it has it, else float16; on a
     CPU float32), bfloat16, float16 or float32. `chat_format` overrides what the files say:
-    chatglm2, chatglm3 or template. Raises ValueError for what cannot be served.
+    chatglm2, chatglm3 or template. `quantize`, int8 or int4, makes the weights smaller while they
+    are read. `devices` over 1 shares the network out over so many GPUs, for an `Engine` only:
+    `chat` would wait for the others. Raises ValueError for what cannot be served.
     """
     target = pick_device(device)
+    check_devices(devices, device, target, quantize)
     folder = find_folder(path)
     published = read_json(folder / "config.json")
     refuse_unservable(published, folder)
@@ -51,8 +58,12 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: str = "aut
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         tokenizer = load_template_tokenizer(folder, config, chat_format)
     precision = pick_dtype(dtype, target)
-    check_memory(model_class, config, target, precision)
-    model = load_weights(model_class, folder, shards, config, target, precision)
+    quantization = pick_quantization(quantize, target, precision)
+    check_memory(model_class, config, target, precision, quantize, devices)
+    if devices > 1:
+        launch(devices, target, {"path": str(folder), "dtype": dtype, "chat_format": chat_format})
+    model = load_weights(model_class, folder, shards, config, target, precision, quantization,
+                         devices)
     return tokenizer, model
 
 
@@ -64,7 +75,8 @@ def refuse_unservable(published: dict, folder: Path) -> None:
     quantised = published.get("quantization_bit") or published.get("quantization_config")
     if model_type == "chatglm" and quantised:
         raise ValueError(f"{folder} is quantised ({quantised!a}); load the full-precision "
-                         "checkpoint, which has the same name without -int4 or -int8")
+                         "checkpoint, which has the same name without -int4 or -int8; "
+                         "--quantize int4 makes it as small")
     if model_type == "chatglm" and {"position_encoding_2d", "inner_hidden_size"} & set(published):
         raise ValueError(f"{folder} is the first ChatGLM-6B, another network than its successors; "
                          "use ChatGLM2-6B, ChatGLM3-6B or GLM-4")
@@ -161,18 +173,20 @@ def load_template_tokenizer(folder: Path, config, chat_format: str | None) -> Te
 # 2. Onto the device
 
 def load_weights(model_class, folder: Path, shards: list[Path], config, device: torch.device,
-                 dtype: torch.dtype):
+                 dtype: torch.dtype, quantization: BitsAndBytesConfig | None, devices: int):
     """Streams the shards onto the device. Raises ValueError if a tensor is missing, left over or
     of another shape than the configuration says."""
     # Of the same name, because the table in glm.py goes by it.
     chatting = type(model_class.__name__, (ChatMixin, model_class), {})
+    place = ({"device_map": {"": device}} if devices == 1
+             else {"distributed_config": DistributedConfig(tp_size=devices)})
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # its report of a mismatch is pages long; ours follows
     try:
         model, report = chatting.from_pretrained(
-            folder, config=config, dtype=dtype, device_map={"": device}, local_files_only=True,
+            folder, config=config, dtype=dtype, **place, local_files_only=True,
             use_safetensors=shards[0].suffix == ".safetensors", ignore_mismatched_sizes=True,
-            output_loading_info=True)
+            quantization_config=quantization, output_loading_info=True)
     except UnpicklingError as error:
         names = ", ".join(shard.name for shard in shards)
         raise ValueError(f"{folder}: {names} holds more than tensors, perhaps code, and is not "
@@ -182,6 +196,7 @@ def load_weights(model_class, folder: Path, shards: list[Path], config, device: 
                          f"({str(error).splitlines()[0]})") from error
     finally:
         logging.set_verbosity(verbosity)
+    report["mismatched_keys"] |= set(wrong_shapes(model))
     for kind, text in (("missing_keys", "are missing"), ("unexpected_keys", "belong to no layer"),
                        ("mismatched_keys", "have another shape than config.json says")):
         if report[kind]:

@@ -7,6 +7,9 @@ import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
+from chatglm.devices import check_shares, is_shared
+from chatglm.quantize import needed_bytes
+
 CPU_CACHE_SHARE = 0.4   # of the free host memory, the most that the key/value cache may take
 CPU_BATCH_TOKENS = 256  # prompt tokens a step takes in: a long prompt must not hold up the others
 SMALL = 20_000_000      # parameters; a smaller network decodes faster on one core
@@ -47,17 +50,23 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "mps" else torch.float32
 
 
-def check_memory(model_class, config, device: torch.device, dtype: torch.dtype) -> None:
+def check_memory(model_class, config, device: torch.device, dtype: torch.dtype,
+                 quantize: str | None = None, devices: int = 1) -> None:
     """Raises ValueError if the weights alone are more than the device has free."""
     with torch.device("meta"):      # shapes only, nothing is allocated
         skeleton = model_class(config)
-    needed = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
+    needed = needed_bytes(skeleton, quantize, dtype)
+    if devices > 1:
+        check_shares(skeleton, devices)
+        shared = sum(p.numel() for name, p in skeleton.named_parameters()
+                     if is_shared(skeleton, name)) * dtype.itemsize
+        needed -= shared - shared // devices
     free = free_memory(device)
     if needed > free:
-        name = str(dtype).removeprefix("torch.")
+        name = quantize or str(dtype).removeprefix("torch.")
         raise ValueError(f"the weights take {needed / GIB:.1f} GiB in {name}, but {device} has "
                          f"{free / GIB:.1f} GiB free; close other programs, or choose a narrower "
-                         "dtype, another device or a smaller model")
+                         "dtype, --quantize, another device or a smaller model")
 
 
 def free_memory(device: torch.device) -> int:

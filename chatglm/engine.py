@@ -23,6 +23,7 @@ from chatglm import attention
 from chatglm.chat import extend_history, to_messages
 from chatglm.device import cache_config, use_threads
 from chatglm.detokenizer import Detokenizer
+from chatglm.devices import agree
 from chatglm.places import Places
 from chatglm.request import Chunk, EngineError, Newest, Report, Request, finish_reason
 from chatglm.sampler import Sampler
@@ -76,6 +77,7 @@ class Engine:
             return
         self._end_thread()
         self._stopping = False
+        self.max_concurrency, self.longest = agree(self.max_concurrency, self.longest)
         model, stop_ids = self.model, self.tokenizer.stop_ids
         manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0]),
@@ -90,8 +92,7 @@ class Engine:
         manager.warmup()  # builds the cache here, so that a lack of memory shows at start-up
         self._page = manager.continuous_batching_config.page_size
         self._places.pages = manager.batch_processor.cache.num_blocks
-        capacity = (self._places.pages - 1) * self._page
-        self.context = min(self.longest, capacity)
+        self.context = min(self.longest, (self._places.pages - 1) * self._page)
         self._manager = manager
         # A thread is a daemon if its starter is: a script that forgets `stop` can still end.
         starter = threading.Thread(target=manager.start, daemon=True)

@@ -81,7 +81,7 @@ def translate_config(published: dict, where: str, chat_format: str = "chatglm3")
             raise ValueError(f"{where}: {field} is {published[field]}, but only {wanted} can be "
                              "served (every published ChatGLM2 and ChatGLM3 has that)")
     check_sizes(published, where)
-    return GlmConfig(
+    config = GlmConfig(
         **{ours: published[theirs] for theirs, ours in CONFIG_FIELDS.items()},
         rope_parameters=rope_parameters(published, chat_format),
         tie_word_embeddings=published.get("tie_word_embeddings", False),
@@ -89,6 +89,11 @@ def translate_config(published: dict, where: str, chat_format: str = "chatglm3")
         pad_token_id=published.get("pad_token_id", 0),
         architectures=["ChatGLMForConditionalGeneration"],
     )
+    # On several GPUs each has all of the attention: q, k and v lie in one tensor in the files, of
+    # which transformers would cut a share before it takes them apart.
+    config.base_model_tp_plan = {name: style for name, style in config.base_model_tp_plan.items()
+                                 if ".mlp." in name}
+    return config
 
 
 def rope_parameters(published: dict, chat_format: str) -> dict:

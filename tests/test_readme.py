@@ -34,6 +34,6 @@ def test_the_two_sides_import_nothing_of_each_other():
 
 def test_the_dependencies_are_those_the_readme_gives_reasons_for():
     table = README[README.index("## Dependencies"):]
-    for name in ("requirements.txt", "tests/requirements.txt"):
+    for name in ("requirements.txt", "requirements-quantize.txt", "tests/requirements.txt"):
         for package in re.findall(r"^([\w-]+)==", (ROOT / name).read_text("utf-8"), re.M):
             assert package in table

@@ -196,11 +196,11 @@ async def is_right(engine: chatglm.Engine, line: dict, tools: bool = False, **se
     return chunk.text == line["answer"]
 
 
-def evaluate(folder: Path) -> dict[str, float]:
+def evaluate(folder: Path, quantize: str | None = None) -> dict[str, float]:
     """Shares of held-out questions that get the right answer, of each kind, under greedy decoding;
     of the known ones also at the default sampling, and with tools that none of them needs."""
     lines = [json.loads(line) for line in (HERE / "heldout.jsonl").read_text("utf-8").splitlines()]
-    tokenizer, model = chatglm.load(folder, device="cpu")
+    tokenizer, model = chatglm.load(folder, device="cpu", quantize=quantize)
 
     async def share_right(engine: chatglm.Engine, kind: str, **settings) -> float:
         right = await asyncio.gather(*(is_right(engine, line, **settings)
@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="default: the bundled one's place")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", action="store_true", help="only measure what lies in --out")
+    parser.add_argument("--quantize", choices=["int8", "int4"], help="measure it quantised")
     args = parser.parse_args()
     if not args.evaluate:
         lines = (HERE / "corpus.jsonl").read_text("utf-8").splitlines()
@@ -235,7 +236,7 @@ def main() -> None:
         look_back(model)
         model = train(model, corpus, tokenizer)
         save(model.eval(), tokenizer_model, args.out)
-    for name, share in evaluate(args.out).items():
+    for name, share in evaluate(args.out, args.quantize).items():
         print(f"held-out questions, {name}: {share:.1%} right")
 
 
