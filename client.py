@@ -56,7 +56,7 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Iterator[str
     session = requests.Session()
     if re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", args.url):
         session.trust_env = False  # http_proxy is the way to other machines, not to this one
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    headers = {"Authorization": args.api_key and f"Bearer {args.api_key}", "x-session-id": args.id}
     body = {"prompt": prompt, "history": history, "max_length": args.max_length,
             "top_p": args.top_p, "temperature": args.temperature}
     try:
@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, help="0, always the likeliest word, to 2")
     parser.add_argument("--api-key", help="where the server wants one")
     parser.add_argument("--plain", action="store_true", help="no Markdown, no redrawing")
-    args = parser.parse_args()
+    args = parser.parse_args(namespace=argparse.Namespace(id=str(time.time_ns())))
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if not stream.isatty():
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -7,9 +7,10 @@
     python -m bench growth              # what a longer answer and more clients cost
     python -m bench soak --minutes 10   # good, bad, slow and vanishing clients, all mixed
     python -m bench decode --preset chatglm3-6b          # how near a GPU comes to its limit
+    python -m bench scale               # what Ray Serve costs, and how many GPUs a class needs
 
 Reading order: weights.py, textbook.py, contenders.py, load.py, canned.py, compare.py, report.py,
-growth.py, soak.py, decode.py.
+growth.py, soak.py, decode.py, scale.py.
 """
 
 import argparse
@@ -50,9 +51,13 @@ def parser() -> argparse.ArgumentParser:
     decode.add_argument("--quantize", choices=["int8", "int4"])
     decode.add_argument("--batch", type=numbers, default=[1, 8, 64, 256])
     decode.add_argument("--tokens", type=int, default=128, help="of each answer (default: 128)")
-    for command in (compare, growth, soak, decode):
+    scale = add("scale", help="the server under Ray Serve, with one replica and with two")
+    scale.add_argument("--clients", type=numbers, help="default: 1,8,32")
+    scale.add_argument("--tokens", type=int, default=100, help="of an answer (default: 100)")
+    scale.add_argument("--repeats", type=int, help="default: 3")
+    for command in (compare, growth, soak, decode, scale):
         command.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    for command in (compare, growth):
+    for command in (compare, growth, scale):
         command.add_argument("--quick", action="store_true", help="short settings")
     return top
 
@@ -66,6 +71,9 @@ def main(arguments: list[str]) -> int:
         settings.clients = settings.clients or ([1, 16] if quick else [1, 4, 16, 64])
         settings.tokens = settings.tokens or (40 if quick else 100)
         settings.repeats = settings.repeats or (1 if quick else 3)
+    if settings.what == "scale":
+        settings.clients = settings.clients or ([1, 16] if settings.quick else [1, 8, 32])
+        settings.repeats = settings.repeats or (1 if settings.quick else 3)
     try:
         return importlib.import_module(f"bench.{settings.what}").main(settings)
     except ValueError as error:  # an address, a device or a folder that will not do

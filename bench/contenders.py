@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 import psutil
@@ -37,6 +38,7 @@ class Contender:
     command: list[str] = field(default_factory=list)    # {port} stands for the port
     model: str = ""                                     # the name it serves the weights by
     url: str = ""
+    ready: str = ""                                     # what its log says when all of it is up
 
     def body(self, prompt: str, prompt_tokens: int, tokens: int) -> list:
         """[path, body] of a question whose answer has `tokens` tokens, sampled as by default."""
@@ -140,7 +142,7 @@ def serving(contender: Contender) -> Iterator[Running]:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={
             **os.environ, "HF_HUB_OFFLINE": "1"})  # nothing may wait for the network
         try:
-            if not comes_up(port, process):
+            if not comes_up(port, process, log, contender.ready):
                 log.seek(0)
                 raise RuntimeError(f"{contender.name} did not start: {log.read()[-600:].strip()}")
             yield Running("127.0.0.1", port, psutil.Process(process.pid))
@@ -148,15 +150,19 @@ def serving(contender: Contender) -> Iterator[Running]:
             end(process)
 
 
-def comes_up(port: int, process: subprocess.Popen) -> bool:
-    """Waits until GET /health says 200, or the process has ended, or the time is up."""
+def comes_up(port: int, process: subprocess.Popen, log: IO[str], ready: str) -> bool:
+    """Waits until GET /health says 200 and the log says `ready`, or the process has ended, or the
+    time is up."""
     deadline = time.monotonic() + START_LIMIT
     while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return True
+                # pread leaves the place alone at which the server writes on
+                if not ready or ready.encode() in os.pread(log.fileno(), 2**24, 0):
+                    return True
         except (OSError, urllib.error.URLError):
-            time.sleep(0.2)
+            pass
+        time.sleep(0.2)
     return False
 
 
