@@ -49,7 +49,7 @@ KEY = "none"  # what the clients of tests/test_clients.py send
 # it start processes beforehand, which would only take from the two cores of a small machine.
 FLAGS = ["max-concurrency=16", "max-waiting=16", f"api-key={KEY}", "max-replicas=2",
          "target-ongoing-requests=1.5", "look-back-period-s=2", "upscale-delay-s=0.5",
-         "downscale-delay-s=12"]
+         "downscale-delay-s=6"]
 QUICK = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0",
          "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
          "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5"}
@@ -90,6 +90,10 @@ class Cluster:
 
     def log(self):
         return (self.folder / "log").read_text("utf-8", "replace")
+
+    def proxy_log(self):
+        logs = self.folder / "ray" / "session_latest" / "logs" / "serve"
+        return "".join(file.read_text("utf-8") for file in logs.glob("proxy*.log"))
 
     def replicas(self):
         """The processes, by their ids."""
@@ -218,7 +222,7 @@ def test_a_second_replica_comes_with_the_load_and_no_answer_is_lost(server):
     alone = answer(post(server.url, **LONG))
     assert len(server.replicas()) == 1
     with readers(server.url, "0", "0") as got:
-        until(lambda: "2 replicas, 200 vnodes" in server.log())  # so Ray says that it is ready
+        until(lambda: "2 replicas, 200 vnodes" in server.proxy_log())  # requests go to both
     assert len(got) > 3 and {result[1:] for result in got} == {("whole", alone)}
 
 
