@@ -25,6 +25,8 @@ RANK = "RANK"  # torch's name for the number of a process, from 0
 def check_devices(count: int, name: str, device: torch.device, quantize: str | None) -> None:
     """Raises ValueError for what `count` devices cannot be combined with. `name` is what was asked
     for, `device` what that is here."""
+    if count > 1 and torch.distributed.is_initialized():
+        raise ValueError("devices: this process has a network on several GPUs already")
     if count == 1 or RANK in os.environ:
         return
     if count < 1:
