@@ -48,7 +48,7 @@ KEY = "none"  # what the clients of tests/test_clients.py send
 # Small, and quick to follow the load: Ray's defaults are half a minute and ten minutes. Nor does
 # it start processes beforehand, which would only take from the two cores of a small machine.
 FLAGS = ["max-concurrency=16", "max-waiting=16", f"api-key={KEY}", "max-replicas=2",
-         "target-ongoing-requests=1.5", "look-back-period-s=2", "upscale-delay-s=0.5",
+         "target-ongoing-requests=2.5", "look-back-period-s=2", "upscale-delay-s=0.5",
          "downscale-delay-s=6"]
 QUICK = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0",
          "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
@@ -221,7 +221,7 @@ def test_ray_says_that_the_way_in_is_open(url):
 def test_a_second_replica_comes_with_the_load_and_no_answer_is_lost(server):
     alone = answer(post(server.url, **LONG))
     assert len(server.replicas()) == 1
-    with readers(server.url, "0", "0") as got:
+    with readers(server.url, "0", "0", "0") as got:
         until(lambda: "2 replicas, 200 vnodes" in server.proxy_log())  # requests go to both
     assert len(got) > 3 and {result[1:] for result in got} == {("whole", alone)}
 
@@ -274,6 +274,6 @@ def test_a_replica_killed_under_load_breaks_its_own_answers_only_and_comes_back(
 
 def test_a_replica_goes_when_the_load_is_gone_and_no_answer_is_lost(server):
     alone = answer(post(server.url, **LONG))
-    with readers(server.url, "0") as got:
+    with readers(server.url, *until(lambda: two_sessions(server.url))) as got:  # one at each
         until(lambda: len(server.replicas()) == 1)
     assert {result[1:] for result in got} == {("whole", alone)}
