@@ -418,21 +418,24 @@ def test_a_wrong_address_or_method_is_refused_as_json(url, method, path, status)
 
 # --- 5. Starting and stopping ------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, environment, word", [
-    (["--model", "./no-such-folder"], {}, "no-such-folder"), (["--nonsense"], {}, "--nonsense"),
-    (["--port", "99999"], {}, "99999"), ([], {"CHATGLM_PORT": "many"}, "many"),
-    ([], {"CHATGLM_MODEL": "./no-such-folder", "CHATGLM_PORT": "0"}, "no-such-folder")])
-def test_a_start_that_fails_says_why_in_one_line(flags, environment, word):
+def says_why_it_cannot_start(word, *flags, **environment):
     result = subprocess.run([sys.executable, "api.py", *flags], cwd=HERE, timeout=120, text=True,
                             encoding="utf-8", capture_output=True, env={**BARE, **environment})
     assert result.returncode != 0 and result.stdout == ""
-    assert result.stderr.count("\n") == 1 and word in result.stderr
+    assert result.stderr.count("\n") == 1 and word in result.stderr, result.stderr
 
 
-def test_a_port_in_use_is_said_in_one_line():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+def test_a_start_that_fails_says_why_in_one_line():
+    with (socket.create_server(("127.0.0.1", 0)) as taken, ThreadPoolExecutor() as pool):
         port = str(taken.getsockname()[1])
-        test_a_start_that_fails_says_why_in_one_line(["--port", port], {}, port)
+        starts = [pool.submit(says_why_it_cannot_start, *start) for start in [
+            ("no-such-folder", "--model", "./no-such-folder"), ("--nonsense", "--nonsense"),
+            ("99999", "--port", "99999"), (port, "--port", port)]]
+        starts += [pool.submit(says_why_it_cannot_start, word, **environment) for word, environment
+                   in [("many", {"CHATGLM_PORT": "many"}), ("no-such-folder", {
+                       "CHATGLM_MODEL": "./no-such-folder", "CHATGLM_PORT": "0"})]]
+        for start in starts:
+            start.result()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C cannot be sent to one process there")

@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from functools import cache
 from http.client import HTTPConnection
 
 import pytest
@@ -236,13 +237,20 @@ HANG_UPS = {"waiting": {}, "in mid-answer": {}, "not streaming": {"stream": Fals
             "prefill": {"history": [["question " * 30, "你好" * 30]] * 45}}  # thousands of tokens
 
 
+STEADY = {**ENDLESS, "max_length": 1000}
+
+
+@cache
+def steady(url):
+    return ask(url, **STEADY)
+
+
 @some_places
 @pytest.mark.parametrize("moment", HANG_UPS)
 def test_who_hangs_up_is_forgotten_while_the_others_go_on(server, url, moment):
-    steady = {**ENDLESS, "max_length": 1000}
-    alone, log = ask(url, **steady), len(server.log())
+    alone, log = steady(url), len(server.log())
     with ThreadPoolExecutor() as pool, crowd(url, 3 if moment == "waiting" else 0) as others:
-        other = pool.submit(ask, url, **steady)
+        other = pool.submit(ask, url, **STEADY)
         until(lambda: busy(url) == len(others) + 1)
         leaving = [hold(url, path, **ENDLESS | HANG_UPS[moment]) for path in ROUTES]
         until(lambda: counts(url) == ((4, 3) if moment == "waiting" else (4, 0)))
@@ -408,7 +416,7 @@ def refuses_connections(url):
 
 @on_posix
 def test_sigterm_lets_the_answers_end_and_nobody_else_in():
-    with started("api.py", "--max-length", "1000", "--max-concurrency", "4") as server:
+    with started("api.py", "--max-length", "600", "--max-concurrency", "4") as server:
         fields = {**ENDLESS, "max_length": 5000}
         alone = ask(server.url, **fields)
         with ThreadPoolExecutor() as pool:
