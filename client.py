@@ -6,9 +6,9 @@
 Ctrl-C stops an answer, on the server too. It needs `requests`; with `rich`, it draws Markdown."""
 
 import argparse
-import codecs
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +35,7 @@ def frames(chunks: Iterable[bytes]) -> Iterator[str]:
         frame += chunk
         frame = frame[max(0, frame.rfind(MARKER)):]
         # Held back: bytes of a character, or of a marker, whose rest has not arrived.
-        text = codecs.utf_8_decode(frame.removeprefix(MARKER), "replace", False)[0]
+        text = frame.removeprefix(MARKER).decode("utf-8", "ignore")
         text = unescape(re.sub("<(\\^\u200b*)?$", "", text))
         if not shown.startswith(text):  # the beginning of a frame is no news
             yield (shown := text)
@@ -54,8 +54,8 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Iterator[str
     """Yields the text so far; closing the iterator hangs up, which stops the server. Drops the
     oldest turns of `history` where the server says that they do not fit. Raises Broken."""
     session = requests.Session()
-    if re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", args.url):
-        session.trust_env = False  # http_proxy is the way to other machines, not to this one
+    # http_proxy is the way to other machines, not to this one.
+    session.trust_env = not re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", args.url)
     headers = {"Authorization": args.api_key and f"Bearer {args.api_key}", "x-session-id": args.id}
     body = {"prompt": prompt, "history": history, "max_length": args.max_length,
             "top_p": args.top_p, "temperature": args.temperature}
@@ -94,27 +94,29 @@ def show_plain(texts: Iterator[str], heard: list[str]) -> None:
 
 def show_markdown(texts: Iterator[str], heard: list[str]) -> None:
     """Draws Markdown. Finished blocks are printed for good; only the last one is redrawn."""
-    from rich.console import Console
-    from rich.live import Live
-    from rich.segment import SegmentLines
-    console, done, drawn = Console(), 0, 0.0  # done: how many characters are printed for good
-    console.width -= 3  # room for the ^C that terminals write where the cursor is
-    def tail() -> SegmentLines:  # of a block taller than the screen, its lower end
-        lines = console.render_lines(markdown(heard[0][done:]), pad=False)
-        return SegmentLines(lines[2 - console.height:], new_lines=True)
+    from rich import console, live, segment
+    screen, done, drawn, pressed = console.Console(), 0, 0.0, []  # done: printed for good
+    screen.width -= 3  # room for the ^C that terminals write where the cursor is
+    def tail() -> segment.SegmentLines:  # of a block taller than the screen, its lower end
+        lines = screen.render_lines(markdown(heard[0][done:]), pad=False)
+        return segment.SegmentLines(lines[2 - screen.height:], new_lines=True)
     try:  # no thread of rich's that redraws: a line printed meanwhile would be drawn over
-        with Live(console=console, auto_refresh=False, transient=True) as live:
+        with live.Live(console=screen, auto_refresh=False, transient=True) as last:
             for heard[0] in texts:
-                block = heard[0][done : done + finished_blocks(heard[0][done:])]
-                done += len(block)
+                # What Ctrl-C finds half written, rich would write once more: so it waits.
+                usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
+                done += len(block := finished_blocks(heard[0][done:]))
                 if block or time.monotonic() - drawn > 1 / 15:
-                    live.update(tail(), refresh=not block)
+                    last.update(tail(), refresh=not block)
                     if block:
-                        console.print(markdown(block), "")
+                        screen.print(markdown(block), "")
                     drawn = time.monotonic()
+                signal.signal(signal.SIGINT, usual)
+                if pressed:
+                    raise KeyboardInterrupt
     finally:
         if heard[0][done:].strip():
-            console.print(markdown(heard[0][done:]))
+            screen.print(markdown(heard[0][done:]))
 
 
 def markdown(text: str):
@@ -128,11 +130,10 @@ def markdown(text: str):
     return document
 
 
-def finished_blocks(text: str) -> int:
-    """How many characters of a Markdown text come before its last block."""
-    from rich.markdown import Markdown
-    starts = [token.map[0] for token in Markdown(text).parsed if token.level == 0 and token.map]
-    return sum(map(len, text.splitlines(keepends=True)[: starts[-1]])) if starts else 0
+def finished_blocks(text: str) -> str:
+    """What comes before the last block of a Markdown text."""
+    starts = [token.map[0] for token in markdown(text).parsed if token.level == 0 and token.map]
+    return "".join(text.splitlines(keepends=True)[: starts[-1]]) if starts else ""
 
 
 # --- The conversation ------------------------------------------------------------------------
@@ -162,8 +163,7 @@ def converse(args: argparse.Namespace, show: Callable) -> int:
     print("clear 清空 forgets, stop 退出 leaves, Ctrl-C 停止回答 stops an answer")
     while True:
         try:
-            print()
-            prompt = input("> ").strip()
+            prompt = input("\n> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
