@@ -206,7 +206,8 @@ async def admit(request: Request, kind: type[Sampling]) -> tuple:
 
 
 class AnswerResponse(StreamingResponse):
-    """Breaks off where the engine fails, so no reader takes half an answer for a whole one."""
+    """Breaks off where the engine fails: uvicorn closes the connection of a response that was left
+    without its end, so no reader takes half an answer for a whole one."""
 
     async def stream_response(self, send) -> None:
         try:
@@ -385,12 +386,11 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"api.py: {error}")
     listener.listen()
-    address = "http://{}:{}".format(*listener.getsockname())
-    flag = "" if settings.port == 8000 else f" --url {address}"
+    url = "http://{}:{}".format(*listener.getsockname())
+    flag = "" if settings.port == 8000 else f" --url {url}"
     if not settings.keys and settings.host not in ("127.0.0.1", "localhost", "::1"):
         print("Anyone who reaches this machine may use it: --api-key asks for a key")
-    print(f"Listening on {address}\nTo chat, in another terminal: python client.py{flag}")
-    sys.stdout.flush()  # a log file would not get it otherwise
+    print(f"Listening on {url}\nTo chat, in another terminal: python client.py{flag}", flush=True)
     Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
 
 

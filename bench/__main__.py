@@ -19,6 +19,12 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+DEFAULTS = {  # in full, and with --quick
+    "compare": ({"clients": [1, 4, 16, 64], "tokens": 100, "repeats": 3},
+                {"clients": [1, 16], "tokens": 40, "repeats": 1}),
+    "scale": ({"clients": [1, 8, 32], "tokens": 100, "repeats": 3},
+              {"clients": [1, 16], "tokens": 100, "repeats": 1}),
+}
 
 
 def numbers(text: str) -> list[int]:
@@ -53,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     decode.add_argument("--tokens", type=int, default=128, help="of each answer (default: 128)")
     scale = add("scale", help="the server under Ray Serve, with one replica and with two")
     scale.add_argument("--clients", type=numbers, help="default: 1,8,32")
-    scale.add_argument("--tokens", type=int, default=100, help="of an answer (default: 100)")
+    scale.add_argument("--tokens", type=int, help="of an answer (default: 100)")
     scale.add_argument("--repeats", type=int, help="default: 3")
     for command in (compare, growth, soak, decode, scale):
         command.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
@@ -66,14 +72,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("--"):
         arguments = ["compare", *arguments] if "--help" not in arguments else arguments
     settings = parser().parse_args(arguments)
-    if settings.what == "compare":
-        quick = settings.quick
-        settings.clients = settings.clients or ([1, 16] if quick else [1, 4, 16, 64])
-        settings.tokens = settings.tokens or (40 if quick else 100)
-        settings.repeats = settings.repeats or (1 if quick else 3)
-    if settings.what == "scale":
-        settings.clients = settings.clients or ([1, 16] if settings.quick else [1, 8, 32])
-        settings.repeats = settings.repeats or (1 if settings.quick else 3)
+    if settings.what in DEFAULTS:
+        given = {name: value for name, value in vars(settings).items() if value is not None}
+        settings = argparse.Namespace(**DEFAULTS[settings.what][settings.quick] | given)
     try:
         return importlib.import_module(f"bench.{settings.what}").main(settings)
     except ValueError as error:  # an address, a device or a folder that will not do

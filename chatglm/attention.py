@@ -46,12 +46,12 @@ def make_plan(q_ends: torch.Tensor, k_ends: torch.Tensor, table: torch.Tensor | 
     for i in (~alone).nonzero().squeeze(1).tolist():
         (q, q_end), (k, k_end) = q_ends[i : i + 2].tolist(), k_ends[i : i + 2].tolist()
         new, count = q_end - q, k_end - k
-        hidden = torch.ones(new, count, dtype=torch.bool).triu(count - new + 1)
-        if window is not None:
-            hidden |= torch.ones_like(hidden).tril(count - new - window)
-        plain = new == count and (window is None or count <= window)
-        spans.append((slice(q, q_end), slice(k, k_end), None if plain else
-                      torch.zeros(new, count).masked_fill(hidden, -torch.inf)))
+        mask, reach = None, count if window is None else window
+        if new < count or reach < count:
+            hidden = torch.ones(new, count, dtype=torch.bool)
+            hidden = hidden.triu(count - new + 1) | hidden.tril(count - new - reach)
+            mask = torch.zeros(new, count).masked_fill(hidden, -torch.inf)
+        spans.append((slice(q, q_end), slice(k, k_end), mask))
     return Plan(spans, q_ends[:-1][alone], keys, own[:, None, None],
                 keys.gather(1, lengths - 1).squeeze(1))
 

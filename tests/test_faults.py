@@ -54,7 +54,7 @@ def post(url, path="/", headers=None, **fields):
     return requests.post(url + path, json=body, stream=True, headers=headers, timeout=100)
 
 
-def hold(url, path="/", **fields):
+def hold(url, path="/", headers=None, **fields):
     """A connection with the request sent and nothing read; the system keeps little for it."""
     connection = HTTPConnection(url.removeprefix("http://"), timeout=60)
     connection.sock = socket.socket()
@@ -62,7 +62,7 @@ def hold(url, path="/", **fields):
     connection.sock.settimeout(60)
     connection.sock.connect((connection.host, connection.port))
     content = json.dumps(body_for(path, **fields)).encode()
-    connection.request("POST", path, content, {"Content-Type": "application/json"})
+    connection.request("POST", path, content, headers or {"Content-Type": "application/json"})
     return connection
 
 
