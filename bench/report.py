@@ -83,7 +83,8 @@ Measured {settled['when']} on {settled['cores']} cores ({settled['system']}, Pyt
 {settled['python']}), all with the same weights: {settled['tokens']} tokens an answer, \
 medians over {settled['repeats']} repeats in turn, {minutes:.0f} minutes.
 
-Clients all begin at once. A time between tokens is one between two arrivals of new text. \
+Clients all begin at once. A time between tokens is one between two arrivals of new text; this \
+server sends at most 25 of these a second. \
 `GET /health` is asked all the while. CPU and memory are the server process's. The load runs on \
 the same cores: it took what the column says, and takes {settled['load_ceiling']:,.0f} frames/s \
 when every frame is there already."""]

@@ -164,9 +164,9 @@ class Engine:
     async def stream(self, request: Request) -> AsyncIterator[Chunk]:
         """Chunks of the answer. Closing the iterator cancels the request, wherever it is.
 
-        The first chunk comes at once, without text, and the last has a `finish_reason`. A reader
-        slower than the model gets the newest text, not every step. Raises QueueFull before the
-        first chunk, and EngineError there or after a last chunk of `error` or `cancelled`.
+        The first chunk comes at once, without text, and the last has a `finish_reason`. Not every
+        step has one: 25 a second come at most, and to a slow reader the newest. Raises QueueFull
+        before the first, and EngineError there or after a last chunk of `error` or `cancelled`.
         """
         self._keep_running()
         ticket = self._places.enter(self._pages_for(request))

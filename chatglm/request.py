@@ -13,6 +13,10 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 logger = logging.getLogger("chatglm")
 
+# Seconds from one chunk to the next, at least: 25 a second look smooth, and while Python sends a
+# chunk, the thread that runs the model waits. The first few tokens go out as they come.
+PAUSE, UNHURRIED = 0.04, 8
+
 
 class EngineError(RuntimeError):
     """The engine cannot answer: it is stopped, its thread has died, or the time is up."""
@@ -50,6 +54,8 @@ class Newest:
     """What the thread has last reported of a request, for its reader; older reports are lost, but
     each holds all the tokens. After `timeout` seconds there is only TimeoutError."""
 
+    _resting: asyncio.TimerHandle | None = None  # from one chunk to the next
+
     def __init__(self, timeout: float | None, at_last: Callable[[], None]) -> None:
         self._output: GenerationOutput | None = None
         self._at_last, self._is_late, self._arrived = at_last, False, asyncio.Event()
@@ -64,20 +70,32 @@ class Newest:
     def put(self, output: GenerationOutput) -> None:
         """On the event loop, once a step."""
         self._output = output
-        self._arrived.set()
-        if output.is_finished():  # a reader that reads no more must not keep others out
+        if self.is_last:  # a reader that reads no more must not keep others out
             self._at_last()
+        if self.is_last or not self._resting:
+            self._arrived.set()
 
     async def get(self) -> GenerationOutput:
         await self._arrived.wait()
         self._arrived.clear()
-        if self._is_late and not self.is_last:
+        if self.is_last:
+            return self._output
+        if self._is_late:
             raise TimeoutError
+        if len(self._output.generated_tokens) > UNHURRIED:
+            loop = asyncio.get_running_loop()
+            self._resting = loop.call_later(PAUSE, self._rested, self._output)
         return self._output
 
     def close(self) -> None:
-        if self._timer:
-            self._timer.cancel()
+        for timer in (self._timer, self._resting):
+            if timer:
+                timer.cancel()
+
+    def _rested(self, read: GenerationOutput) -> None:
+        self._resting = None
+        if self._output is not read:
+            self._arrived.set()
 
     def _expire(self) -> None:
         self._is_late = True

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import chatglm
 import pytest
-from chatglm.tiny import train
 from chatglm.tiny.batches import batches
 from chatglm.tiny.corpus import Corpus
+from chatglm.tiny.evaluation import answer, evaluate
+from chatglm.tiny.train import BATCHES
 from safetensors import safe_open
 
 TINY = Path(chatglm.__file__).parent / "tiny"
@@ -29,7 +30,7 @@ def conversations() -> list[list[dict]]:
 
 @pytest.fixture(scope="module")
 def shares():
-    return train.evaluate(TINY)
+    return evaluate(TINY)
 
 
 def test_held_out_questions_are_answered_character_for_character(shares):
@@ -97,7 +98,7 @@ def test_what_is_trained_on_depends_on_the_seed_alone():
     tokenizer, _ = chatglm.load(device="cpu")
 
     def first(seed: int) -> list:
-        drawn = batches(Corpus(lines("corpus.jsonl"), seed), tokenizer, train.BATCHES)
+        drawn = batches(Corpus(lines("corpus.jsonl"), seed), tokenizer, BATCHES)
         return [ids.tolist() for ids, _ in itertools.islice(drawn, 20)]
     assert first(0) == first(0) != first(1)
 
@@ -111,7 +112,7 @@ def share_of_turns(turns: int) -> float:
 
     async def right() -> int:
         with chatglm.Engine(tokenizer, model) as engine:
-            answers = await asyncio.gather(*(train.answer(engine, messages[:-1], seed=0)
+            answers = await asyncio.gather(*(answer(engine, messages[:-1], seed=0)
                                              for messages in asked))
         return sum(answer.text == messages[-1]["content"]
                    for answer, messages in zip(answers, asked, strict=True))

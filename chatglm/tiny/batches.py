@@ -19,6 +19,7 @@ PIECES = 3600    # SentencePiece vocabulary; the special tokens come after it
 BLANK = 0.05     # how many pieces of a question are blanked out, so that no single one decides
 CUT = 0.2        # how many are cut in two, so that other spellings are no surprise
 TOOLLESS = 0.03  # how often a question needs a tool where there is none
+DECIDES = 10.0   # how much a token counts that decides for a tool, or between + - * /
 TOKENS = 5000    # at most in a batch, or one conversation
 
 
@@ -32,6 +33,7 @@ class Batch:
     declared: int = 0          # tools at most
     tools: float = 0.0         # how often a question is for a tool; if none is declared, that
                                # one is to be called is given, and the call is learned
+    calls: bool = False        # such a question ends with the call
     length: int = 0            # a conversation grows until it has so many tokens
     cut: int | None = None     # tokens of the last answer that are learned, where it is longer
 
@@ -57,24 +59,31 @@ def train_tokenizer(texts: list[str]) -> bytes:
 
 def encode(tokenizer: ChatGLMTokenizer, messages: list[dict], draw: random.Random,
            cut: int | None = None) -> tuple[list, list]:
-    """Ids of a conversation, and for each whether the model learns to say it: answers, and
-    <|user|> as their end, but not whether to call a tool where that is "given". Questions are
-    spelled in another way each time (as in BPE dropout), but for what is "exact" in them."""
+    """Ids of a conversation, and for each how much it counts that the model learns to say it: 0
+    but for answers, and <|user|> as their end; 0 too for which tool is called where that is
+    "given". Questions are spelled in another way each time (as in BPE dropout), but for what is
+    "exact" in them."""
     ids = [tokenizer.specials["[gMASK]"], tokenizer.specials["sop"]]
-    learn = [False, False]
+    counts = [0.0, 0.0]
+    operators = tokenizer.sp.piece_to_id(list("+-*/"))
     for message in messages:
         new = tokenizer.encode_message(message)
         asks = message["role"] == "user"
         answers = message["role"] == "assistant"
         if asks and draw.random() < 0.8:
             new = new[:3] + spell(tokenizer, message["content"], message.get("exact", ""), draw)
+        ends = counts[-1] > 0 and not answers   # <|user|> ends an answer, <|observation|> a call
+        count = [float(ends)] + [float(answers)] * (len(new) - 1)
+        if answers:
+            count[1] = 0.0 if "given" in message else DECIDES
+        if "metadata" in message:
+            count = [DECIDES if token in operators else one
+                     for token, one in zip(new, count, strict=True)]
+        ids, counts = ids + new, counts + count
         if answers and message is messages[-1] and cut and len(new) > cut:
-            return ids + new[:cut], learn + [False] + [True] * (cut - 1)
-        ends = learn[-1] and not answers   # <|user|> ends an answer, <|observation|> a call
-        ids += new
-        head = 2 if "given" in message else 1
-        learn += [ends] + [False] * (head - 1) + [answers] * (len(new) - head)
-    return ids + [tokenizer.specials["<|user|>"]], learn + [True]
+            return ids[: cut - len(new)], counts[: cut - len(new)]
+    end = "<|observation|>" if "metadata" in messages[-1] else "<|user|>"
+    return ids + [tokenizer.specials[end]], counts + [1.0]
 
 
 def spell(tokenizer: ChatGLMTokenizer, text: str, exact: str, draw: random.Random) -> list[int]:
@@ -93,22 +102,22 @@ def spell(tokenizer: ChatGLMTokenizer, text: str, exact: str, draw: random.Rando
 
 
 def conversation(corpus: Corpus, tokenizer: ChatGLMTokenizer, kind: Batch) -> tuple[list, list]:
-    """Ids of one conversation of that kind, and which to learn."""
+    """Ids of one conversation of that kind, and how much each counts."""
     plain = not (kind.declared or kind.follow_up)
     messages, tools = ([], []) if plain else corpus.beginning(kind.declared)
     ids: list[int] = []
     while not ids or len(ids) < kind.length:
         if corpus.random.random() < kind.tools:
-            messages += corpus.rounds.draw(tools, given=not tools)
+            messages += corpus.rounds.draw(tools, given=not tools)[: 2 if kind.calls else None]
         else:
             messages += corpus.exchange(kind.follow_up, toolless=0 if tools else TOOLLESS)
-        ids, learn = encode(tokenizer, messages, corpus.random, kind.cut)
-    return ids, learn
+        ids, counts = encode(tokenizer, messages, corpus.random, kind.cut)
+    return ids, counts
 
 
 def batches(corpus: Corpus, tokenizer: ChatGLMTokenizer,
             kinds: list[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Without end: input ids [rows, length], padded on the right, and which of them to learn.
+    """Without end: input ids [rows, length], padded on the right, and how much each counts.
 
     Conversations of one length come together, or half of the work would be padding.
     """
@@ -123,6 +132,6 @@ def batches(corpus: Corpus, tokenizer: ChatGLMTokenizer,
                 ready[i].append(drawn[-rows:])
                 del drawn[-rows:]
             corpus.random.shuffle(ready[i])
-        ids, learn = zip(*ready[i].pop(), strict=True)
+        ids, counts = zip(*ready[i].pop(), strict=True)
         yield (pad_sequence([torch.tensor(row) for row in ids], batch_first=True),
-               pad_sequence([torch.tensor(row) for row in learn], batch_first=True))
+               pad_sequence([torch.tensor(row) for row in counts], batch_first=True))

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 KNOWN = 0.6    # how often a city is one of those in the corpus
 MADE_UP = 0.6  # how often a result is one that no tool returns
+ALL = 0.6      # how often all tools with rounds are declared, where so many may be
 BRIEF = 0.4    # how often a tool is declared without its parameters
 NUMBERS = {"n": (-20, 40), "h": (1, 12), "hh": (0, 23), "mm": (0, 59), "nn": (1, 28)}
 
@@ -45,10 +46,15 @@ class ToolRounds:
         self.rounds = [line for line in lines if "tool" in line and "messages" in line]
 
     def declare(self, most: int) -> list[Tool]:
-        """One to `most` tools, in any order; one at least is among those with rounds."""
-        first = self.random.choice([line for line in self.tools if line["tool"]])
-        others = [line for line in self.tools if line is not first]
-        lines = [first, *self.random.sample(others, self.random.randint(0, most - 1))]
+        """One to `most` tools, in any order; one at least is among those with rounds, and often
+        all of these are."""
+        useful = [line for line in self.tools if line["tool"]]
+        if most > len(useful) and self.random.random() < ALL:
+            lines = useful
+        else:
+            first = self.random.choice(useful)
+            others = [line for line in self.tools if line is not first]
+            lines = [first, *self.random.sample(others, self.random.randint(0, most - 1))]
         self.random.shuffle(lines)
         return [Tool(line["tool"], self._declaration(line)) for line in lines]
 
@@ -76,14 +82,15 @@ class ToolRounds:
         kinds = useful & {tool.kind for tool in tools}
         if not kinds or self.random.random() < 0.1:
             kinds = useful
-        kind = self.random.choice(sorted(kinds))
-        line = self.random.choice([line for line in self.rounds if line["tool"] == kind])
+        lines = [line for line in self.rounds if line["tool"] in kinds]
+        [line] = self.random.choices(
+            lines, [len(line["messages"][0]["content"]) for line in lines])
         question, *reply = line["messages"]
         wording = self.random.choice(question["content"])
-        values = {"city": self._city(wording), "a": self._number(), "b": self._number()}
+        values = {"city": self._city(wording), **self._operands()}
         question = {**question, "content": self._fill(self.reword(wording), values),
                     "exact": " ".join(values.values())}
-        if not given and all(tool.kind != kind for tool in tools):
+        if not given and all(tool.kind != line["tool"] for tool in tools):
             return [question, {"role": "assistant", "content": line["undeclared"]}]
         filled = [question]
         for message in reply:
@@ -109,7 +116,7 @@ class ToolRounds:
             return json.dumps(fields, ensure_ascii=False,
                               separators=draw.choice([(", ", ": "), (",", ":")]))
         text = value()
-        for _ in range(draw.randrange(8)):
+        for _ in range(draw.randrange(6)):
             text += draw.choice([" ", " ", " ", ", ", "，", "-", ". "]) + value()
         return text + draw.choice(["", "", ".", "。"])
 
@@ -125,6 +132,12 @@ class ToolRounds:
                 return self._number()
             return draw.choice(self.slots[slot])
         return re.sub(r"\{([a-z_]+)\}", value, text)
+
+    def _operands(self) -> dict[str, str]:
+        """Two numbers; the first is mostly the greater: one takes from what there is."""
+        numbers = sorted((self._number(), self._number()), key=int,
+                         reverse=self.random.random() < 0.7)
+        return dict(zip("ab", numbers, strict=True))
 
     def _number(self) -> str:
         return str(self.random.randrange(10 ** self.random.randint(1, 4)))
