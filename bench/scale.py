@@ -25,6 +25,7 @@ from bench.compare import Prompts, machine, measure, median_of, run_load
 from bench.contenders import OURS, Contender, Running, our_server, serving
 from bench.load import get
 from bench.report import shown, table
+from chatglm.request import PAUSE
 
 KNOCKS = 200      # of GET /health one after the other: a request without the model
 ANSWERS_ALONE = 4
@@ -77,19 +78,22 @@ def measure_one(contender: Contender, prompts: Prompts, settings: argparse.Names
                       for _ in range(max(1, ANSWERS_ALONE // clients))] for _ in range(clients)]
             before = proxy_seconds(server)
             result = run_load(server, contender, asked, False)
+            proxy = proxy_seconds(server) - before
             got = measure(result, settings.tokens, own=True)
-            made = settings.tokens * sum(map(len, asked))
-            got |= {"proxy_per_token": (proxy_seconds(server) - before) / made,
-                    "request": requests}
+            frames = sum(len(answer["arrivals"]) for answer in result["answers"])
+            got |= {"request": requests, "frames_per_s": frames / result["wall_s"],
+                    "proxy_per_token": proxy / (settings.tokens * sum(map(len, asked))),
+                    "proxy_per_frame": proxy / frames}
             figures.setdefault((contender.name, clients), []).append(got)
             print(f"  {contender.name}, {clients} clients: {got['tokens_per_s']:.0f} tokens/s, "
                   f"{got['failed']} failed", flush=True)
 
 
 COLUMNS = {"tokens_per_s": ("tokens/s", 1, 0), "first_median": ("first token, ms", 1000, 0),
-           "first_p95": ("p95", 1000, 0), "between_median": ("between tokens, ms", 1000, 1),
+           "first_p95": ("p95", 1000, 0), "frames_per_s": ("frames/s", 1, 0),
            "cpu_per_token": ("CPU ms/token", 1000, 2),
            "proxy_per_token": ("of it the proxy's", 1000, 2),
+           "proxy_per_frame": ("the proxy's ms/frame", 1000, 2),
            "request": ("GET /health, ms", 1000, 1), "failed": ("failed", 1, 0)}
 
 
@@ -102,25 +106,27 @@ def figures_table(medians: dict) -> str:
 
 def added(medians: dict, clients: list[int]) -> dict[str, float]:
     """What Ray costs, in seconds: per request and per token of one reader, CPU per token of many,
-    and the proxy's part of it, which one process on one core does."""
-    def more(figure: str, count: int) -> float:
-        return medians[ONE, count][figure] - medians[OURS, count][figure]
-    few, many = min(clients), max(clients)
-    return {"request": more("request", few), "first": more("first_median", few),
-            "between": more("between_median", few), "cpu": more("cpu_per_token", many),
-            "proxy": medians[ONE, many]["proxy_per_token"]}
+    and the proxy's part of it, which one process on one core does, also per frame."""
+    (alone, ray), (crowd, ray_crowd) = ([medians[name, count] for name in (OURS, ONE)]
+                                       for count in (min(clients), max(clients)))
+    return {"request": ray["request"] - alone["request"],
+            "first": ray["first_median"] - alone["first_median"],
+            "token": 1 / ray["tokens_per_s"] - 1 / alone["tokens_per_s"],
+            "cpu": ray_crowd["cpu_per_token"] - crowd["cpu_per_token"],
+            "proxy": ray_crowd["proxy_per_token"], "frame": ray_crowd["proxy_per_frame"]}
 
 
-def plan(proxy: float) -> list[list[str]]:
-    """Rows of the planning table: a whole class asks at the same moment, and nobody waits."""
+def plan(frame: float) -> list[list[str]]:
+    """Rows of the planning table: a whole class asks at the same moment, and nobody waits. A
+    `frame` costs the proxy so many seconds."""
     rows = []
     for students in STUDENTS:
         gpus = math.ceil(students / PLACES)
         batch = math.ceil(students / gpus)
         step = (WEIGHTS + batch * CONTEXT * KEPT) / (BANDWIDTH * SHARE)
-        rate = students / step
+        frames = students * min(1 / step, 1 / PAUSE)  # a second
         rows.append([str(students), str(gpus), str(batch), f"{1 / step:.0f}",
-                     f"{ANSWER * step:.0f} s", f"{rate:,.0f}", f"{rate * proxy:.1f}"])
+                     f"{ANSWER * step:.0f} s", f"{students / step:,.0f}", f"{frames * frame:.1f}"])
     return rows
 
 
@@ -136,22 +142,23 @@ takes from the first what it gains.
 {figures_table(medians)}
 
 Ray adds, for one reader: {ms['request']:.1f} ms to a request without the model, \
-{ms['first']:.1f} ms to the first token, {ms['between']:.2f} ms between two tokens. With \
+{ms['first']:.1f} ms to the first token, {ms['token']:.2f} ms to each token. With \
 {max(settled['clients'])} readers it costs {ms['cpu']:.2f} ms of CPU time more per token, \
-{ms['proxy']:.2f} ms of it in the proxy: one process on one core, so the proxy of one machine \
-passes on at most about {1 / cost['proxy']:,.0f} tokens/s.
+{ms['proxy']:.2f} ms of it in the proxy, which is {ms['frame']:.2f} ms per frame: one process on \
+one core, so the proxy of one machine passes on at most about {1 / cost['frame']:,.0f} frames/s, \
+and a reader gets at most {1 / PAUSE:.0f} of them a second.
 
 ## How many GPUs a class needs (an estimate)
 
 {table(["students", "GPUs", "in a batch", "tokens/s for each", f"{ANSWER} tokens take",
-        "tokens/s in all", "proxies' cores"], plan(cost['proxy']))}
+        "tokens/s in all", "proxies' cores"], plan(cost['frame']))}
 
 All ask at the same moment and nobody waits: GPUs = students / {PLACES} places. A step of \
 ChatGLM3-6B reads {WEIGHTS / 1e9:.1f} GB of weights and {KEPT / 1000:.1f} KB for each of \
 {CONTEXT:,} tokens of each conversation, from a card that moves {BANDWIDTH / 1e9:,.0f} GB/s and \
 of which decoding reaches {SHARE:.0%}: that is the estimate; `python -m bench decode --preset \
-chatglm3-6b` measures it on your card. Proxies' cores = tokens/s in all × {ms['proxy']:.2f} ms, \
-as measured here.
+chatglm3-6b` measures it on your card. Proxies' cores = students × {1 / PAUSE:.0f} frames/s × \
+{ms['frame']:.2f} ms, as measured here.
 """
 
 
