@@ -292,7 +292,7 @@ def test_readers_that_hang_up_free_their_places(url, way):
 
 
 def test_a_slow_reader_holds_up_nobody_and_is_spared_overtaken_frames(url):
-    body = {**ENDLESS, "max_length": 1536}
+    body = {**ENDLESS, "prompt": "从一数到一百", "max_length": 1536}  # 3 bytes a character
     with send(url, **body) as slow:
         until(lambda: health(url)["active"] == 1)
         awake = list(chunks(url, **body))  # begun later: when it has all, so could the slow one

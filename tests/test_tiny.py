@@ -3,13 +3,14 @@
 import asyncio
 import itertools
 import json
+import random
 import re
 from collections import Counter
 from pathlib import Path
 
 import chatglm
 import pytest
-from chatglm.tiny.batches import batches
+from chatglm.tiny.batches import DECIDES, batches, encode
 from chatglm.tiny.corpus import Corpus
 from chatglm.tiny.evaluation import answer, evaluate
 from chatglm.tiny.train import BATCHES
@@ -43,11 +44,11 @@ def test_what_it_does_not_know_it_says_so(shares):
 
 
 def test_a_question_for_a_tool_gets_the_call_and_from_its_result_the_answer(shares):
-    assert shares["tool, greedy"] >= 0.55  # it is not good at these yet: about two in three
+    assert shares["tool, greedy"] >= 0.9
 
 
 def test_tools_that_are_declared_and_not_needed_change_nothing(shares):
-    assert shares["known, with tools"] >= 0.8
+    assert shares["known, with tools"] >= 0.85
 
 
 def test_no_held_out_question_is_in_the_corpus():
@@ -94,6 +95,17 @@ def test_the_checkpoint_has_the_published_form_and_is_small():
     assert published <= names | {"transformer.rotary_pos_emb.inv_freq"}
 
 
+def test_what_decides_for_a_tool_and_what_it_computes_counts_most_in_training():
+    tokenizer, _ = chatglm.load(device="cpu")
+    call = {"role": "assistant", "metadata": "calculate",
+            "content": "```python\ntool_call(expression='12+3')\n```"}
+    ids, counts = encode(tokenizer, [{"role": "user", "content": "12+3?"}, call], random.Random(0))
+    most = [tokenizer.sp.id_to_piece(id_) for id_, count in zip(ids, counts) if count == DECIDES]
+    assert "".join(most) == "▁calculate<0x0A>+"
+    begin = ids.index(tokenizer.specials["<|assistant|>"])
+    assert not any(counts[: begin + 1]) and all(counts[begin + 1 :])
+
+
 def test_what_is_trained_on_depends_on_the_seed_alone():
     tokenizer, _ = chatglm.load(device="cpu")
 
@@ -120,7 +132,7 @@ def share_of_turns(turns: int) -> float:
 
 
 def test_turns_that_need_the_one_before_mostly_get_it():
-    assert share_of_turns(2) >= 0.6
+    assert share_of_turns(2) >= 0.55
 
 
 def test_turns_that_need_such_a_turn_often_get_it():

@@ -75,7 +75,10 @@ def encode(tokenizer: ChatGLMTokenizer, messages: list[dict], draw: random.Rando
         ends = counts[-1] > 0 and not answers   # <|user|> ends an answer, <|observation|> a call
         count = [float(ends)] + [float(answers)] * (len(new) - 1)
         if answers:
-            count[1] = 0.0 if "given" in message else DECIDES
+            head = len(tokenizer.encode_message({**message, "content": ""}))
+            count[1:head] = [DECIDES] * (head - 1)   # the name of a tool, or none
+        if "given" in message:
+            count[1] = 0.0
         if "metadata" in message:
             count = [DECIDES if token in operators else one
                      for token, one in zip(new, count, strict=True)]

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 KNOWN = 0.6    # how often a city is one of those in the corpus
 MADE_UP = 0.6  # how often a result is one that no tool returns
+QUOTED = 0.4   # how often such a one, if it is no JSON, is a piece of an answer of the corpus
+ROUND = 0.3    # how often a number ends in zeros
 ALL = 0.6      # how often all tools with rounds are declared, where so many may be
 BRIEF = 0.4    # how often a tool is declared without its parameters
 NUMBERS = {"n": (-20, 40), "h": (1, 12), "hh": (0, 23), "mm": (0, 59), "nn": (1, 28)}
@@ -39,6 +41,7 @@ class ToolRounds:
     def __init__(self, lines: list[dict], answers: list[str], draw: random.Random,
                  reword: Callable[[str], str]) -> None:
         self.random, self.reword = draw, reword
+        self.answers = answers
         self.latin = re.findall("[A-Za-z]+", " ".join(answers))  # the frequent ones most often
         self.chinese = "".join(re.findall("[\u4e00-\u9fff]", "".join(answers)))
         self.slots = {line["slot"]: line["values"] for line in lines if "slot" in line}
@@ -115,6 +118,10 @@ class ToolRounds:
                       for _ in range(draw.randint(1, 3))}
             return json.dumps(fields, ensure_ascii=False,
                               separators=draw.choice([(", ", ": "), (",", ":")]))
+        if draw.random() < QUOTED:
+            words = re.findall(r"[\u4e00-\u9fff]|[^\s\u4e00-\u9fff]+\s?", draw.choice(self.answers))
+            start = draw.randrange(len(words))
+            return "".join(words[start : start + draw.randint(2, 10)]).strip()
         text = value()
         for _ in range(draw.randrange(6)):
             text += draw.choice([" ", " ", " ", ", ", "，", "-", ". "]) + value()
@@ -140,7 +147,11 @@ class ToolRounds:
         return dict(zip("ab", numbers, strict=True))
 
     def _number(self) -> str:
-        return str(self.random.randrange(10 ** self.random.randint(1, 4)))
+        digits = self.random.randint(1, 4)
+        number = self.random.randrange(10 ** digits)
+        if self.random.random() < ROUND:
+            number = round(number, -self.random.randint(1, digits))
+        return str(number)
 
     def _latin(self) -> str:
         """A word, or the halves of two, which nobody knows."""
