@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 from contextlib import aclosing
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import psutil
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 import chatglm
 from chatglm.chat import to_messages
+from chatglm.request import PAUSE, UNHURRIED, Newest
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
 ENDLESS = dict(temperature=0, max_length=1000)  # what this model answers 你好 with, it never ends
@@ -256,3 +259,23 @@ def test_after_a_thousand_requests_many_cancelled_pages_and_memory_are_back(engi
     cache.evict_cached_blocks()  # kept for prompts that begin alike
     assert cache.compute_free_capacity() == free
     assert resident[-1] - resident[4] < 16 * 2**20
+
+
+def test_the_first_tokens_come_at_once_then_the_newest_in_turn_and_the_last_at_once():
+    async def counts() -> list[int]:
+        newest, got, begin = Newest(None, lambda: None), [], time.monotonic()
+
+        async def read():
+            while not (got and newest.is_last):
+                got.append(len((await newest.get()).generated_tokens))
+        reading = asyncio.create_task(read())
+        for count in range(1, 201):
+            status = RequestStatus.FINISHED if count == 200 else RequestStatus.DECODING
+            newest.put(GenerationOutput("one", generated_tokens=[0] * count, status=status))
+            for _ in range(3):  # the reader's turn
+                await asyncio.sleep(0)
+        await reading
+        assert len(got) <= UNHURRIED + 2 + (time.monotonic() - begin) / PAUSE
+        return got
+    got = asyncio.run(counts())
+    assert got[: UNHURRIED + 1] == list(range(1, UNHURRIED + 2)) and got[-1] == 200
