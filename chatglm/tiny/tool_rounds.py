@@ -119,7 +119,8 @@ class ToolRounds:
             return json.dumps(fields, ensure_ascii=False,
                               separators=draw.choice([(", ", ": "), (",", ":")]))
         if draw.random() < QUOTED:
-            words = re.findall(r"[\u4e00-\u9fff]|[^\s\u4e00-\u9fff]+\s?", draw.choice(self.answers))
+            text = draw.choice(self.answers)
+            words = re.findall(r"[\u4e00-\u9fff]|[^\s\u4e00-\u9fff]+\s?", text)
             start = draw.randrange(len(words))
             return "".join(words[start : start + draw.randint(2, 10)]).strip()
         text = value()
