@@ -6,7 +6,6 @@ new ones join. The event loop submits requests and reads tokens; it never waits 
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import itertools
 import logging

@@ -83,7 +83,7 @@ PUBLISHED_NAMES = {  # behind "transformer."; what is fused into each
 def keep_memory() -> None:
     """What one step frees is kept for the next, in huge pages: a third of the page faults. On
     Linux with the GNU C library; elsewhere nothing happens."""
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it before it allocates anything
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it when it first allocates
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if set_option:
         set_option(-1, 2**30)  # M_TRIM_THRESHOLD, in bytes
@@ -113,9 +113,9 @@ def look_back(model: GlmForCausalLM, sharpness: float = 6.0) -> None:
 def train(model: GlmForCausalLM, corpus: Corpus,
           tokenizer: ChatGLMTokenizer) -> GlmForCausalLM:
     """Returns the model with the average of its last weights."""
-    # Muon for the matrices inside the layers learns in fewer steps than AdamW for everything.
     embedding, output = model.model.embed_tokens.weight, model.lm_head.weight
     output.data.copy_(embedding)
+    # Muon for the matrices inside the layers learns in fewer steps than AdamW for everything.
     layers = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is q for q in layers)]
     optimizers = [torch.optim.Muon(layers, lr=MUON_RATE, weight_decay=0.1, momentum=0.95),
