@@ -73,8 +73,9 @@ def main(arguments: list[str]) -> int:
         arguments = ["compare", *arguments] if "--help" not in arguments else arguments
     settings = parser().parse_args(arguments)
     if settings.what in DEFAULTS:
-        given = {name: value for name, value in vars(settings).items() if value is not None}
-        settings = argparse.Namespace(**DEFAULTS[settings.what][settings.quick] | given)
+        for name, value in DEFAULTS[settings.what][settings.quick].items():
+            if getattr(settings, name) is None:
+                setattr(settings, name, value)
     try:
         return importlib.import_module(f"bench.{settings.what}").main(settings)
     except ValueError as error:  # an address, a device or a folder that will not do

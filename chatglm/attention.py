@@ -8,115 +8,176 @@ mask: the library then makes none. A GPU takes the library's way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.generation.continuous_batching.cache_allocators import SLIDING_ATTENTION
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# Bytes of keys that are copied out of the cache for one product: with half a megabyte, the copy
+# is still in the core's own cache when the product reads it.
+COPIED_AT_ONCE = 2**19
+
+
+class Prefill(NamedTuple):
+    """A request with several new tokens."""
+
+    new: slice                          # which they are of the T of the step
+    keys: torch.Tensor                  # [K], where its keys are kept
+    mask: torch.Tensor | None           # [new, K], where not just causal
+
+
+class Decode(NamedTuple):
+    """Requests with one new token each, as many as are taken at once."""
+
+    keys: torch.Tensor                  # [B, L], where theirs are kept, filled up with the first
+    mask: torch.Tensor | None           # [B, 1, 1, L], where some have fewer than L
 
 
 class Plan(NamedTuple):
     """Where the requests of a step lie; the same for all layers with the same window."""
 
-    # New tokens, and keys, of each request with several new; a mask [n, K], where not just causal.
-    prefill: list[tuple[slice, slice, torch.Tensor | None]]
-    tokens: torch.Tensor                # [B], the token of each request with one new
-    keys: torch.Tensor                  # [B, L], its keys, filled up with its first
-    own: torch.Tensor                   # [B, 1, 1, L], which of them count
-    last: torch.Tensor                  # [B], the key of the new token
+    prefills: list[Prefill]
+    decodes: list[Decode]
+    tokens: torch.Tensor | None         # the T' new ones of `decodes`, in turn; None for all T
+    write: torch.Tensor                 # [T], where the new keys are to be kept
 
 
-def make_plan(q_ends: torch.Tensor, k_ends: torch.Tensor, table: torch.Tensor | None,
-              page: int, window: int | None) -> Plan:
-    """From the cumulative numbers of new tokens and of keys, both with a 0 in front. With a
-    `table` [B, pages], of where each request's pages of `page` tokens lie, its keys are where they
-    are in the cache; else where they are in what has been read from it. A token looks at the last
-    `window` keys up to itself, or at all of these."""
-    alone = q_ends.diff() == 1                                        # of all requests
-    starts, lengths = k_ends[:-1][alone, None], k_ends.diff()[alone, None]            # [B, 1]
-    steps = torch.arange(int(lengths.max()) if len(lengths) else 0)                   # [L]
-    own = steps < lengths
-    keys = torch.where(own, steps, 0)                                                 # [B, L]
-    if table is None:
-        keys = keys + starts
-    else:
-        keys = table.long().gather(1, keys // page) * page + keys % page
-    spans = []
-    for i in (~alone).nonzero().squeeze(1).tolist():
-        (q, q_end), (k, k_end) = q_ends[i : i + 2].tolist(), k_ends[i : i + 2].tolist()
-        new, count = q_end - q, k_end - k
-        mask, reach = None, count if window is None else window
+# Where the keys `steps` [B, L] of the requests [B, 1] are kept, [B, L].
+Where = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def plan_decodes(alone: torch.Tensor, counts: torch.Tensor, where: Where,
+                 at_once: int) -> tuple[torch.Tensor, list[Decode]]:
+    """The requests `alone` in the order in which they are taken, about `at_once` keys a time; each
+    request has counts[request] keys."""
+    if len(alone) * int(counts.max()) > at_once:  # then those of like length side by side
+        alone = alone[counts[alone].argsort(descending=True)]
+    lengths, decodes, begin = counts[alone].tolist(), [], 0
+    while begin < len(alone):
+        longest = max(lengths[begin:])
+        some = alone[begin : begin + max(1, at_once // longest), None]                    # [B, 1]
+        own = torch.arange(longest) < counts[some]                                        # [B, L]
+        steps = torch.where(own, torch.arange(longest), 0)
+        mask = torch.zeros(own.shape).masked_fill(~own, -torch.inf)[:, None, None]
+        decodes.append(Decode(where(some, steps), mask if len(some) > 1 else None))
+        begin += len(some)
+    return alone, decodes
+
+
+def make_plan(q_ends: torch.Tensor, k_ends: torch.Tensor, write: torch.Tensor | None, where: Where,
+              window: int | None, at_once: int) -> Plan:
+    """From the cumulative numbers of new tokens and of keys, both with a 0 in front. A token looks
+    at the last `window` keys up to itself, or at all of these."""
+    counts, is_alone = k_ends.diff(), q_ends.diff() == 1
+    alone, decodes = is_alone.nonzero().squeeze(1), []
+    if len(alone):
+        alone, decodes = plan_decodes(alone, counts, where, at_once)
+    if write is None:  # each request has one new token, its last key
+        write = where(torch.arange(len(counts))[:, None], counts[:, None] - 1).squeeze(1)
+    prefills = []
+    for i in (~is_alone).nonzero().squeeze(1):
+        (begin, end), count = q_ends[i : i + 2].tolist(), int(counts[i])
+        new, mask = end - begin, None
+        reach = count if window is None else window
         if new < count or reach < count:
             hidden = torch.ones(new, count, dtype=torch.bool)
             hidden = hidden.triu(count - new + 1) | hidden.tril(count - new - reach)
             mask = torch.zeros(new, count).masked_fill(hidden, -torch.inf)
-        spans.append((slice(q, q_end), slice(k, k_end), mask))
-    return Plan(spans, q_ends[:-1][alone], keys, own[:, None, None],
-                keys.gather(1, lengths - 1).squeeze(1))
+        keys = where(i[None, None], torch.arange(count)[None]).squeeze(0)
+        prefills.append(Prefill(slice(begin, end), keys, mask))
+    in_order = not prefills and len(decodes) == 1
+    return Plan(prefills, decodes, None if in_order else q_ends[alone], write)
+
+
+def plan_step(step: dict, allocator, key_bytes: int, page: int) -> Plan:
+    """The plan for what the library says of a step to layers whose keys `allocator` places."""
+    q_ends, k_ends = step["cu_seq_lens_q"].long(), step["cu_seq_lens_k"][allocator.layer_type].long()
+    table, write = step.get("block_table"), None
+    if allocator.layer_type == SLIDING_ATTENTION:  # the library reads them, one after the other
+        def where(requests: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+            return k_ends[requests] + steps
+    elif table is not None:  # of pages, [requests, pages]; the keys have no indices yet
+        table = table[allocator.index].long()
+
+        def where(requests: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+            return table[requests, steps // page] * page + steps % page
+    else:
+        write = step["write_index"][allocator.index]
+        read = step["read_index"][allocator.index]
+        kept = read if len(read) else write  # nothing to read: all keys are new
+
+        def where(requests: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+            return kept[k_ends[requests] + steps]
+    return make_plan(q_ends, k_ends, write, where, step.get("sliding_window"),
+                     max(1, COPIED_AT_ONCE // key_bytes))
 
 
 def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
-                    value: torch.Tensor, attention_mask: torch.Tensor | None,
-                    **kwargs) -> tuple[torch.Tensor, None]:
+                    value: torch.Tensor, attention_mask: torch.Tensor | None = None,
+                    **step) -> tuple[torch.Tensor, None]:
     """Attention of `query` [1, H, T, d], the T new tokens of all requests one after the other, to
     their own keys: those in the paged cache, and the new `key` and `value` [1, G, T, d]."""
-    cache = kwargs.get("cache")
+    cache = step.get("cache")
     if cache is None or query.device.type != "cpu":
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    key, value = cache.update(key, value, module.layer_idx, kwargs)             # [1, G, K, d]
-    scale, table = kwargs.get("scaling"), kwargs.get("block_table")
-    ends = kwargs["cu_seq_lens_k"]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **step)
+    allocator = cache.layer_to_allocator[module.layer_idx]
+    ends = step["cu_seq_lens_k"][allocator.layer_type]
     if getattr(cache, "plan_for", None) is not ends:  # a new step, or a layer of another window
-        page = kwargs["k_cache"].shape[1] if table is not None else 0
-        cache.plan_for, cache.plan = ends, make_plan(
-            kwargs["cu_seq_lens_q"].long(), ends.long(), table, page, kwargs.get("sliding_window"))
-    plan = cache.plan
-    if table is not None:  # every request has one new token, and no key has been written or read
-        tokens = [kept.flatten(0, 1) for kept in (kwargs["k_cache"], kwargs["v_cache"])]
-        for kept, new in zip(tokens, (key, value), strict=True):
-            kept.index_copy_(0, plan.last, new[0].transpose(0, 1))
-        key, value = (gather(kept, plan.keys) for kept in tokens)
-        return decode(query, key, value, plan, scale).flatten(1, 2)[None], None
-    out = torch.empty_like(query[0].transpose(0, 1))                                  # [T, H, d]
-    for q, k, mask in plan.prefill:
-        mask = mask if mask is None else mask.to(query.dtype)
-        mine = prefill(query[:, :, q], key[:, :, k], value[:, :, k], mask, scale)
-        out[q] = mine[0].transpose(0, 1)
-    if len(plan.tokens):
-        key, value = (gather(read[0].transpose(0, 1), plan.keys) for read in (key, value))
-        out[plan.tokens] = decode(query[:, :, plan.tokens], key, value, plan, scale).flatten(1, 2)
+        key_bytes = key.shape[1] * key.shape[3] * key.itemsize
+        cache.plan_for, cache.plan = ends, plan_step(step, allocator, key_bytes,
+                                                     allocator.tokens_per_page)
+    plan, scale = cache.plan, step.get("scaling")
+    if allocator.layer_type == SLIDING_ATTENTION:  # new keys take old ones' places: read first
+        read = cache.update(key, value, module.layer_idx, step)
+        keys, values = (states[0].transpose(0, 1) for states in read)               # [K, G, d]
+    else:
+        keys, values = (pages.flatten(0, 1) for pages in
+                        allocator.get_cache_for_block_table(module.layer_idx))
+        for kept, new in ((keys, key), (values, value)):
+            kept.index_copy_(0, plan.write, new[0].transpose(0, 1))
+    rows = query[0].transpose(0, 1)                                                 # [T, H, d]
+    # The heads of a group share keys, so they stand where several queries of a head would.
+    alone = rows if plan.tokens is None else rows[plan.tokens]
+    alone = alone.unflatten(1, (key.shape[1], -1)).split([len(d.keys) for d in plan.decodes])
+    done = [scaled_dot_product_attention(some, gather(keys, where), gather(values, where),
+                                         attn_mask=mask, scale=scale)
+            for some, (where, mask) in zip(alone, plan.decodes, strict=True)]    # [B, G, h, d]
+    if plan.tokens is None:
+        return done[0].flatten(1, 2)[None], None
+    out = torch.empty(rows.shape, dtype=rows.dtype)
+    if done:
+        out[plan.tokens] = torch.cat(done).flatten(1, 2)
+    for new, where, mask in plan.prefills:
+        out[new] = prefill(rows[new], gather(keys, where[None]), gather(values, where[None]),
+                           mask, scale)
     return out[None], None
 
 
-def gather(kept: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The `keys` [B, L] of `kept` [K, G, d], as [B, G, L, d]."""
-    return kept.index_select(0, keys.flatten()).unflatten(0, keys.shape).transpose(1, 2)
+def gather(kept: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """What is kept [K, G, d] at `where` [B, L], as [B, G, L, d]."""
+    return kept.index_select(0, where.flatten()).unflatten(0, where.shape).transpose(1, 2)
 
 
-def decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan,
-           scale: float | None) -> torch.Tensor:
-    """Attention [B, G, h, d] of one token of each request, `query` [1, H, B, d]."""
-    # The heads of a group share keys, so they stand where several queries of a head would.
-    rows = query[0].transpose(0, 1).unflatten(1, (key.shape[1], -1))                # [B, G, h, d]
-    mask = None if len(rows) == 1 else plan.own  # of one request, all keys are its own
-    return scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
-
-
-def prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+def prefill(rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
             mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:
-    """Attention within one request, causal, by `mask` where there are older keys. What comes
-    before a NaN stays whole: its pages of the cache may be shared with a prompt that begins alike.
-    """
+    """Attention [T, H, d] within one request, causal, by `mask` where there are older keys. What
+    comes before a NaN stays whole: its pages may be shared with a prompt that begins alike."""
+    query = rows.transpose(0, 1)[None]                                           # [1, H, T, d]
+
     def attend(queries: slice, last: int, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
         return scaled_dot_product_attention(
             query[:, :, queries], key[:, :, :last], value[:, :, :last], attn_mask=mask,
             is_causal=causal, scale=scale, enable_gqa=True)
     new, count = query.shape[2], key.shape[2]
-    if torch.isfinite(value.sum()):
-        return attend(slice(new), count, mask, mask is None)
-    return torch.cat([attend(slice(i, i + 1), count - new + i + 1, None, False)
-                      for i in range(new)], dim=2)
+    out = attend(slice(new), count, mask, mask is None)
+    if not torch.isfinite(out.sum()):
+        out = torch.cat([attend(slice(i, i + 1), count - new + i + 1, None, False)
+                         for i in range(new)], dim=2)
+    return out[0].transpose(0, 1)
 
 
 NAME = "paged_by_request"

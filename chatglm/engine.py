@@ -18,7 +18,7 @@ from contextlib import aclosing
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from chatglm import attention
+from chatglm import attention, network
 from chatglm.chat import extend_history, to_messages
 from chatglm.device import cache_config, use_threads
 from chatglm.detokenizer import Detokenizer
@@ -88,6 +88,7 @@ class Engine:
             model.set_attn_implementation(attention.NAME)  # finds pages itself, as flash does
             manager.continuous_batching_config.max_blocks_per_request = math.ceil(
                 self.longest / manager.continuous_batching_config.page_size)
+            network.use_page(model)
         manager.warmup()  # builds the cache here, so that a lack of memory shows at start-up
         self._page = manager.continuous_batching_config.page_size
         self._places.pages = manager.batch_processor.cache.num_blocks

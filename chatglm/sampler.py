@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 
-HEAD = 128  # likeliest tokens that are looked at first
+HEAD = 32  # likeliest tokens that are looked at first
 # Odd 64-bit multipliers of splitmix64 (Steele, Lea and Flood 2014), as signed integers.
 GOLDEN, MIX_1, MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
@@ -42,8 +42,8 @@ def choose(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor,
     Temperature 0 is greedy. top_p keeps the fewest most likely tokens whose probabilities sum to
     at least top_p (Holtzman et al. 2020), always one at least.
     """
-    greedy = logits.argmax(dim=-1)
     on_cpu = logits.device.type == "cpu"  # where a look at the values costs nothing
+    greedy = None if on_cpu and temperature.all() else logits.argmax(dim=-1)
     if on_cpu and not temperature.any():
         return greedy
     scores = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
@@ -54,7 +54,7 @@ def choose(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor,
     if on_cpu and head < logits.shape[-1] and (few := (mass < top_p).nonzero().squeeze(1)).numel():
         drawn[few], _ = draw(probabilities[few], logits.shape[-1], top_p[few], seed[few],
                              position[few])
-    return torch.where(temperature > 0, drawn, greedy)
+    return drawn if greedy is None else torch.where(temperature > 0, drawn, greedy)
 
 
 def draw(probabilities: torch.Tensor, head: int, top_p: torch.Tensor, seed: torch.Tensor,
@@ -134,6 +134,6 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
             penalty = torch.where(penalty > 0, penalty, 1.0)  # rows that only prefill have 0
             scores = penalise(scores, self.seen[: len(scores)], penalty)
         token = choose(scores, temperature, top_p, seed & 0xFFFFFFFF, position)
-        broken = ~torch.isfinite(scores).all(dim=-1, keepdim=True)
-        one_hot = torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
-        return torch.where(broken, torch.nan, one_hot)
+        # A sum is finite if all in it are, and takes a tenth of the time of a look at each.
+        mark = torch.where(torch.isfinite(scores.sum(dim=-1)), 0.0, torch.nan)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], mark[:, None])

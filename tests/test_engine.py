@@ -182,7 +182,7 @@ def test_when_the_thread_dies_answers_fail_and_the_next_request_works(engine, lo
     async def scenario():
         def fail(*_):
             raise RuntimeError("out of memory, say")
-        hook = loaded[1].model.layers[0].register_forward_pre_hook(fail)
+        hook = loaded[1].model.embed_tokens.register_forward_pre_hook(fail)
         with pytest.raises(chatglm.EngineError):
             await last(engine, "hi", max_new_tokens=50)
         hook.remove()
