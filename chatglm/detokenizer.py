@@ -29,15 +29,17 @@ class Detokenizer:
         self.text = ""
 
     def push(self, ids: list[int]) -> None:
-        # Ids without text, such as special ones, would only pile up.
-        self._ids += [i for i in ids if self._decode([self._anchor, i]) != self._anchor_text]
+        self._ids += ids
         tail = self._tail(self._ids)
         # Bytes of a character still under way: three at most, so older broken ones stay broken.
         held = min(3, len(tail) - len(tail.rstrip(REPLACEMENT)))
         self.text = self._settled + tail[: len(tail) - held]
         if tail and not held:
             self._settled, self._ids = self.text, []
-        elif tail and len(self._ids) > CUT_AFTER:
+            return
+        # Ids without text, such as special ones, would only pile up.
+        self._ids = [i for i in self._ids if self._decode([self._anchor, i]) != self._anchor_text]
+        if tail and len(self._ids) > CUT_AFTER:
             self._cut(tail)
 
     def finish(self) -> str:

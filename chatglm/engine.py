@@ -13,7 +13,7 @@ import math
 import random
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, closing
 
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -24,7 +24,8 @@ from chatglm.device import cache_config, use_threads
 from chatglm.detokenizer import Detokenizer
 from chatglm.devices import agree
 from chatglm.places import Places
-from chatglm.request import Chunk, EngineError, Newest, Report, Request, finish_reason
+from chatglm.request import Chunk, EngineError, Report, Request, finish_reason
+from chatglm.router import Newest, Router
 from chatglm.sampler import Sampler
 
 logger = logging.getLogger("chatglm")
@@ -81,6 +82,7 @@ class Engine:
         manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0]),
             cache_config(model, self.max_concurrency, MAX_LENGTH))
+        manager.output_router = Router()
         manager.logit_processor = Sampler(
             model.config.vocab_size, self.max_concurrency, model.device)
         use_threads(model)
@@ -206,33 +208,30 @@ class Engine:
     async def _outputs(self, request: Request, request_id: str,
                        give_back: Callable[[], None]) -> AsyncIterator[GenerationOutput]:
         """What the thread reports of a request, the newest only. Raises TimeoutError."""
-        newest = Newest(self.timeout, give_back)
-        manager = self._submit(request, request_id, newest.put)
-        try:
-            while True:
-                yield (output := await newest.get())  # the reader may take its time
-                if output.is_finished():
-                    return
-        finally:
-            newest.close()
-            if not newest.is_last:
-                manager.cancel_request(request_id)
-                # A cancelled request gets no last output that would take its handler away.
-                manager.output_router.result_handlers.pop(request_id, None)
+        with closing(Newest(self.timeout, give_back)) as newest:
+            manager = self._submit(request, request_id, newest)
+            try:
+                while True:
+                    yield (output := await newest.get())  # the reader may take its time
+                    if output.is_finished():
+                        return
+            finally:
+                del manager.output_router.readers[request_id]
+                if not newest.is_last:
+                    manager.cancel_request(request_id)
 
-    def _submit(self, request: Request, request_id: str, receive):
+    def _submit(self, request: Request, request_id: str, newest: Newest):
         """Hands the request to the thread, to a new one if that has died. Returns its manager."""
         for _ in range(2):
             self._keep_running()
             manager = self._manager
-            manager.register_result_handler(request_id, receive)  # first, or a token is missed
+            manager.output_router.readers[request_id] = newest  # first, or a token is missed
             accepted = manager.add_request(
                 request.input_ids, request_id=request_id, max_new_tokens=request.max_new_tokens,
                 streaming=True, temperature=request.temperature, top_p=request.top_p,
                 repetition_penalty=request.repetition_penalty, seed=request.seed)
             if accepted is not None:
                 return manager
-            manager.output_router.result_handlers.pop(request_id, None)
         raise EngineError("the model is not able to answer now")
 
     def _pages_for(self, request: Request) -> int:

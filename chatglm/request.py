@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 logger = logging.getLogger("chatglm")
-
-# Seconds from one chunk to the next, at least: 25 a second look smooth, and while Python sends a
-# chunk, the thread that runs the model waits. The first few tokens go out as they come.
-PAUSE, UNHURRIED = 0.04, 8
-
 
 class EngineError(RuntimeError):
     """The engine cannot answer: it is stopped, its thread has died, or the time is up."""
@@ -48,58 +41,6 @@ class Request:
     repetition_penalty: float
     seed: int
     beginning: str = ""  # of the answer, given and not generated
-
-
-class Newest:
-    """What the thread has last reported of a request, for its reader; older reports are lost, but
-    each holds all the tokens. After `timeout` seconds there is only TimeoutError."""
-
-    _resting: asyncio.TimerHandle | None = None  # from one chunk to the next
-
-    def __init__(self, timeout: float | None, at_last: Callable[[], None]) -> None:
-        self._output: GenerationOutput | None = None
-        self._at_last, self._is_late, self._arrived = at_last, False, asyncio.Event()
-        # One timer for all: asyncio.timeout() around each wait would take as long as the wait.
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(timeout, self._expire) if timeout else None
-
-    @property
-    def is_last(self) -> bool:
-        return self._output is not None and self._output.is_finished()
-
-    def put(self, output: GenerationOutput) -> None:
-        """On the event loop, once a step."""
-        self._output = output
-        if self.is_last:  # a reader that reads no more must not keep others out
-            self._at_last()
-        if self.is_last or not self._resting:
-            self._arrived.set()
-
-    async def get(self) -> GenerationOutput:
-        await self._arrived.wait()
-        self._arrived.clear()
-        if self.is_last:
-            return self._output
-        if self._is_late:
-            raise TimeoutError
-        if len(self._output.generated_tokens) > UNHURRIED:
-            loop = asyncio.get_running_loop()
-            self._resting = loop.call_later(PAUSE, self._rested, self._output)
-        return self._output
-
-    def close(self) -> None:
-        for timer in (self._timer, self._resting):
-            if timer:
-                timer.cancel()
-
-    def _rested(self, read: GenerationOutput) -> None:
-        self._resting = None
-        if self._output is not read:
-            self._arrived.set()
-
-    def _expire(self) -> None:
-        self._is_late = True
-        self._arrived.set()
 
 
 class Report:

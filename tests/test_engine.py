@@ -15,7 +15,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 import chatglm
 from chatglm.chat import to_messages
-from chatglm.request import PAUSE, UNHURRIED, Newest
+from chatglm.router import PAUSE, UNHURRIED, Newest
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
 ENDLESS = dict(temperature=0, max_length=1000)  # what this model answers 你好 with, it never ends
@@ -49,7 +49,8 @@ def is_empty(engine) -> bool:
     """Nothing is left of any request: no place, no page, no state, no handler."""
     scheduler = engine._manager.batch_processor.scheduler
     return not (engine.active or engine.waiting or engine._places.reserved
-                or scheduler.active_requests or scheduler.waiting_requests or engine._manager.output_router.result_handlers)
+                or scheduler.active_requests or scheduler.waiting_requests
+                or engine._manager.output_router.readers)
 
 
 def generate(loaded, question: str, tokens: int, **settings) -> str:
@@ -271,7 +272,8 @@ def test_the_first_tokens_come_at_once_then_the_newest_in_turn_and_the_last_at_o
         reading = asyncio.create_task(read())
         for count in range(1, 201):
             status = RequestStatus.FINISHED if count == 200 else RequestStatus.DECODING
-            newest.put(GenerationOutput("one", generated_tokens=[0] * count, status=status))
+            if newest.put(GenerationOutput("one", generated_tokens=[0] * count, status=status)):
+                newest.wake()
             for _ in range(3):  # the reader's turn
                 await asyncio.sleep(0)
         await reading
