@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from chatglm.chat import ChatMixin
-from chatglm.device import check_memory, pick_device, pick_dtype
+from chatglm.device import check_memory, one_core, pick_device, pick_dtype
 from chatglm.devices import check_devices, launch
 from chatglm.files import check_weights, find_folder, how_to_get, read_json
 from chatglm.glm import ChatGLMForConditionalGeneration, translate_config
@@ -29,6 +29,7 @@ from chatglm.quantize import pick_quantization, wrong_shapes
 from chatglm.tokenizer import ChatGLMTokenizer, TemplateTokenizer
 
 
+@one_core()
 def load(path: str | Path | None = None, device: str = "auto", dtype: str = "auto",
          chat_format: str | None = None, quantize: str | None = None, devices: int = 1):
     """(tokenizer, model) of a checkpoint, ready to chat.

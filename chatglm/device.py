@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import psutil
 import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel
@@ -12,8 +16,9 @@ from chatglm.quantize import needed_bytes
 
 CPU_CACHE_SHARE = 0.4   # of the free host memory, the most that the key/value cache may take
 CPU_BATCH_TOKENS = 256  # prompt tokens a step takes in: a long prompt must not hold up the others
-SMALL = 20_000_000      # parameters; a smaller network decodes faster on one core
-FEW = 64                # tokens in a step; it is decoding, then
+SMALL = 20_000_000      # parameters; a smaller network gains little from more than two cores,
+FEW = 2                 # and with no more tokens in a step nothing from a second one
+LOOK_EVERY = 1.0        # seconds from one look at what other processes do to the next
 PAGE = 32               # tokens in a page of the cache: prefixes are shared by whole pages
 GIB = 2**30
 
@@ -80,14 +85,48 @@ def free_memory(device: torch.device) -> int:
     return available
 
 
-def use_threads(model: PreTrainedModel) -> None:
-    """Lets a small network that takes few tokens run on one core, in whatever thread it is called:
-    several would wait for each other longer than they work, and the event loop wants one too."""
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Keeps what is done here from starting threads of torch's, which would stay. Once those of
+    several callers are more than the cores, OpenMP sends all of them to sleep after every
+    operation, and to wake them takes longer than they work."""
     cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(cores)
+
+
+class FreeCores:
+    """How many cores other processes have left free, as of a second ago at most."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._seen, self._free = self._look(), float(psutil.cpu_count())
+
+    def _look(self) -> tuple[float, float]:
+        """Seconds: the time, and what other processes have had of all cores."""
+        everyone, own = psutil.cpu_times(), self._process.cpu_times()
+        return time.monotonic(), everyone.user + everyone.system - own.user - own.system
+
+    def __call__(self) -> float:
+        if time.monotonic() - self._seen[0] > LOOK_EVERY:
+            before, self._seen = self._seen, self._look()
+            used = (self._seen[1] - before[1]) / (self._seen[0] - before[0])
+            self._free = psutil.cpu_count() - used
+        return self._free
+
+
+def use_threads(model: PreTrainedModel) -> None:
+    """Lets a small network run on one core or two, in whatever thread it is called: on two if the
+    step is worth it and both are free. Where another program wants the second core, its half of
+    every operation comes late, and all of the step is several times slower than on one."""
+    cores, free = min(2, torch.get_num_threads()), FreeCores()
 
     def choose(module, args, inputs: dict) -> None:
         few = "input_ids" in inputs and inputs["input_ids"].numel() <= FEW
-        torch.set_num_threads(1 if few else cores)
+        torch.set_num_threads(1 if few or free() < cores - 0.75 else cores)
     if model.device.type == "cpu" and model.num_parameters() < SMALL and not hasattr(
             model, "chooses_threads"):
         model.chooses_threads = model.register_forward_pre_hook(choose, with_kwargs=True)

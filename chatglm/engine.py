@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from chatglm import attention, network
 from chatglm.chat import extend_history, to_messages
-from chatglm.device import cache_config, use_threads
+from chatglm.device import cache_config, one_core, use_threads
 from chatglm.detokenizer import Detokenizer
 from chatglm.devices import agree
 from chatglm.places import Places
@@ -76,6 +76,11 @@ class Engine:
         if self.running:
             return
         self._end_thread()
+        use_threads(self.model)
+        with one_core():
+            self._begin_thread()
+
+    def _begin_thread(self) -> None:
         self._stopping = False
         self.max_concurrency, self.longest = agree(self.max_concurrency, self.longest)
         model, stop_ids = self.model, self.tokenizer.stop_ids
@@ -85,7 +90,6 @@ class Engine:
         manager.output_router = Router()
         manager.logit_processor = Sampler(
             model.config.vocab_size, self.max_concurrency, model.device)
-        use_threads(model)
         if model.device.type == "cpu":
             model.set_attn_implementation(attention.NAME)  # finds pages itself, as flash does
             manager.continuous_batching_config.max_blocks_per_request = math.ceil(
