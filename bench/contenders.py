@@ -26,7 +26,7 @@ LOOK_EVERY = 0.05  # seconds between two looks at a process's memory
 OURS, TEXTBOOK = "this server", "textbook"
 # As many tokens of cache (512 pages of 256) and as many a step as this server has on a CPU. Left
 # to itself it takes 60 % of the machine's memory, which others need.
-CONTINUOUS = ["--continuous-batching", "--cb-num-blocks", "512", "--cb-max-batch-tokens", "256"]
+CONTINUOUS = ["--continuous-batching", "--cb-num-blocks", "512", "--cb-max-batch-tokens", "512"]
 
 
 @dataclass

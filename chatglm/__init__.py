@@ -5,7 +5,8 @@
     engine = chatglm.Engine(tokenizer, model)                # for a server
 
 Reading order: glm.py, tokenizer.py, quantize.py, devices.py, device.py, files.py, checkpoint.py,
-tools.py, detokenizer.py, chat.py, sampler.py, attention.py, request.py, places.py, engine.py;
+tools.py, detokenizer.py, chat.py, sampler.py, attention.py, network.py, request.py, router.py,
+places.py, engine.py;
 bodies.py and completions.py: what requests may hold.
 """
 

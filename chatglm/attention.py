@@ -50,8 +50,8 @@ class Plan(NamedTuple):
 Where = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def plan_decodes(alone: torch.Tensor, counts: torch.Tensor, where: Where,
-                 at_once: int) -> tuple[torch.Tensor, list[Decode]]:
+def plan_decodes(alone: torch.Tensor, counts: torch.Tensor, where: Where, at_once: int,
+                 dtype: torch.dtype) -> tuple[torch.Tensor, list[Decode]]:
     """The requests `alone` in the order in which they are taken, about `at_once` keys a time; each
     request has counts[request] keys."""
     if len(alone) * int(counts.max()) > at_once:  # then those of like length side by side
@@ -62,58 +62,58 @@ def plan_decodes(alone: torch.Tensor, counts: torch.Tensor, where: Where,
         some = alone[begin : begin + max(1, at_once // longest), None]                    # [B, 1]
         own = torch.arange(longest) < counts[some]                                        # [B, L]
         steps = torch.where(own, torch.arange(longest), 0)
-        mask = torch.zeros(own.shape).masked_fill(~own, -torch.inf)[:, None, None]
+        mask = torch.zeros(own.shape, dtype=dtype).masked_fill(~own, -torch.inf)[:, None, None]
         decodes.append(Decode(where(some, steps), mask if len(some) > 1 else None))
         begin += len(some)
     return alone, decodes
 
 
 def make_plan(q_ends: torch.Tensor, k_ends: torch.Tensor, write: torch.Tensor | None, where: Where,
-              window: int | None, at_once: int) -> Plan:
+              window: int | None, at_once: int, dtype: torch.dtype) -> Plan:
     """From the cumulative numbers of new tokens and of keys, both with a 0 in front. A token looks
     at the last `window` keys up to itself, or at all of these."""
-    counts, is_alone = k_ends.diff(), q_ends.diff() == 1
-    alone, decodes = is_alone.nonzero().squeeze(1), []
-    if len(alone):
-        alone, decodes = plan_decodes(alone, counts, where, at_once)
+    counts, prefills = k_ends.diff(), []
     if write is None:  # each request has one new token, its last key
-        write = where(torch.arange(len(counts))[:, None], counts[:, None] - 1).squeeze(1)
-    prefills = []
-    for i in (~is_alone).nonzero().squeeze(1):
+        alone, several = torch.arange(len(counts)), []
+        write = where(alone[:, None], counts[:, None] - 1).squeeze(1)
+    else:
+        is_alone = q_ends.diff() == 1
+        alone, several = is_alone.nonzero().squeeze(1), (~is_alone).nonzero().squeeze(1)
+    alone, decodes = plan_decodes(alone, counts, where, at_once, dtype)
+    for i in several:
         (begin, end), count = q_ends[i : i + 2].tolist(), int(counts[i])
         new, mask = end - begin, None
         reach = count if window is None else window
         if new < count or reach < count:
             hidden = torch.ones(new, count, dtype=torch.bool)
             hidden = hidden.triu(count - new + 1) | hidden.tril(count - new - reach)
-            mask = torch.zeros(new, count).masked_fill(hidden, -torch.inf)
+            mask = torch.zeros(new, count, dtype=dtype).masked_fill(hidden, -torch.inf)
         keys = where(i[None, None], torch.arange(count)[None]).squeeze(0)
         prefills.append(Prefill(slice(begin, end), keys, mask))
     in_order = not prefills and len(decodes) == 1
     return Plan(prefills, decodes, None if in_order else q_ends[alone], write)
 
 
-def plan_step(step: dict, allocator, key_bytes: int, page: int) -> Plan:
-    """The plan for what the library says of a step to layers whose keys `allocator` places."""
-    q_ends, k_ends = step["cu_seq_lens_q"].long(), step["cu_seq_lens_k"][allocator.layer_type].long()
-    table, write = step.get("block_table"), None
-    if allocator.layer_type == SLIDING_ATTENTION:  # the library reads them, one after the other
-        def where(requests: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-            return k_ends[requests] + steps
-    elif table is not None:  # of pages, [requests, pages]; the keys have no indices yet
-        table = table[allocator.index].long()
+def plan_step(step: dict, allocator, key: torch.Tensor) -> Plan:
+    """The plan for what the library says of a step to layers whose keys `allocator` places, `key`
+    [1, G, T, d] being such."""
+    q_ends, k_ends = (ends.long() for ends in (
+        step["cu_seq_lens_q"], step["cu_seq_lens_k"][allocator.layer_type]))
+    page, at_once = allocator.tokens_per_page, COPIED_AT_ONCE // key[0, :, 0].nbytes
+    if step.get("block_table") is not None:  # of pages, for requests with one new token each
+        table, write = step["block_table"][allocator.index].long(), None
 
         def where(requests: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
             return table[requests, steps // page] * page + steps % page
     else:
-        write = step["write_index"][allocator.index]
-        read = step["read_index"][allocator.index]
+        read, write = (step[name][allocator.index] for name in ("read_index", "write_index"))
         kept = read if len(read) else write  # nothing to read: all keys are new
+        if allocator.layer_type == SLIDING_ATTENTION:  # the library has read them by then
+            kept = torch.arange(int(k_ends[-1]))
 
         def where(requests: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
             return kept[k_ends[requests] + steps]
-    return make_plan(q_ends, k_ends, write, where, step.get("sliding_window"),
-                     max(1, COPIED_AT_ONCE // key_bytes))
+    return make_plan(q_ends, k_ends, write, where, step.get("sliding_window"), at_once, key.dtype)
 
 
 def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
@@ -127,9 +127,7 @@ def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Ten
     allocator = cache.layer_to_allocator[module.layer_idx]
     ends = step["cu_seq_lens_k"][allocator.layer_type]
     if getattr(cache, "plan_for", None) is not ends:  # a new step, or a layer of another window
-        key_bytes = key.shape[1] * key.shape[3] * key.itemsize
-        cache.plan_for, cache.plan = ends, plan_step(step, allocator, key_bytes,
-                                                     allocator.tokens_per_page)
+        cache.plan_for, cache.plan = ends, plan_step(step, allocator, key)
     plan, scale = cache.plan, step.get("scaling")
     if allocator.layer_type == SLIDING_ATTENTION:  # new keys take old ones' places: read first
         read = cache.update(key, value, module.layer_idx, step)
@@ -142,10 +140,11 @@ def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Ten
     rows = query[0].transpose(0, 1)                                                 # [T, H, d]
     # The heads of a group share keys, so they stand where several queries of a head would.
     alone = rows if plan.tokens is None else rows[plan.tokens]
-    alone = alone.unflatten(1, (key.shape[1], -1)).split([len(d.keys) for d in plan.decodes])
-    done = [scaled_dot_product_attention(some, gather(keys, where), gather(values, where),
-                                         attn_mask=mask, scale=scale)
-            for some, (where, mask) in zip(alone, plan.decodes, strict=True)]    # [B, G, h, d]
+    alone, done = alone.unflatten(1, (key.shape[1], -1)), []                 # [T', G, H / G, d]
+    for where, mask in plan.decodes:
+        some, alone = alone[: len(where)], alone[len(where) :]
+        done.append(scaled_dot_product_attention(
+            some, gather(keys, where), gather(values, where), attn_mask=mask, scale=scale))
     if plan.tokens is None:
         return done[0].flatten(1, 2)[None], None
     out = torch.empty(rows.shape, dtype=rows.dtype)

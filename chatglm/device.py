@@ -15,10 +15,9 @@ from chatglm.devices import check_shares, is_shared
 from chatglm.quantize import needed_bytes
 
 CPU_CACHE_SHARE = 0.4   # of the free host memory, the most that the key/value cache may take
-CPU_BATCH_TOKENS = 256  # prompt tokens a step takes in: a long prompt must not hold up the others
-SMALL = 20_000_000      # parameters; a smaller network gains little from more than two cores,
-FEW = 2                 # and with no more tokens in a step nothing from a second one
-LOOK_EVERY = 1.0        # seconds from one look at what other processes do to the next
+CPU_BATCH_TOKENS = 512  # prompt tokens a step takes in: a long prompt must not hold up the others
+SMALL = 20_000_000      # parameters; a smaller network gains little from more than two cores
+LOOK_EVERY = 0.25       # seconds from one look at what other processes do to the next
 PAGE = 32               # tokens in a page of the cache: prefixes are shared by whole pages
 GIB = 2**30
 
@@ -99,7 +98,7 @@ def one_core() -> Iterator[None]:
 
 
 class FreeCores:
-    """How many cores other processes have left free, as of a second ago at most."""
+    """How many cores other processes have left free, as of a moment ago."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -119,17 +118,16 @@ class FreeCores:
 
 
 def use_threads(model: PreTrainedModel) -> None:
-    """Lets a small network run on one core or two, in whatever thread it is called: on two if the
-    step is worth it and both are free. Where another program wants the second core, its half of
-    every operation comes late, and all of the step is several times slower than on one."""
+    """Lets a small network run on two cores while they are free, else on one, in whatever thread
+    it is called. Where another program wants the second core, its half of every operation comes
+    late, and a step takes several times as long as on one."""
     cores, free = min(2, torch.get_num_threads()), FreeCores()
 
-    def choose(module, args, inputs: dict) -> None:
-        few = "input_ids" in inputs and inputs["input_ids"].numel() <= FEW
-        torch.set_num_threads(1 if few or free() < cores - 0.75 else cores)
+    def choose(*_) -> None:
+        torch.set_num_threads(cores if free() > cores - 0.75 else 1)
     if model.device.type == "cpu" and model.num_parameters() < SMALL and not hasattr(
             model, "chooses_threads"):
-        model.chooses_threads = model.register_forward_pre_hook(choose, with_kwargs=True)
+        model.chooses_threads = model.register_forward_pre_hook(choose)
 
 
 def cache_config(model: PreTrainedModel, max_requests: int,

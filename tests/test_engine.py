@@ -85,6 +85,17 @@ def test_layers_that_look_back_only_so_far_answer_as_in_generate(loaded):
     assert [c.text for c in chunks] == [generate((loaded[0], model), q, 20) for q in questions]
 
 
+def test_half_precision_answers_alone_and_in_a_crowd():
+    tokenizer, model = chatglm.load(GOLDEN, device="cpu", dtype="bfloat16")
+
+    async def together(engine):
+        return await asyncio.gather(*(last(engine, question * 40, temperature=0, max_new_tokens=9)
+                                      for question in QUESTIONS))
+    with chatglm.Engine(tokenizer, model) as engine:
+        chunks = [asyncio.run(last(engine, "hi", max_new_tokens=9)), *asyncio.run(together(engine))]
+    assert {chunk.finish_reason for chunk in chunks} <= {"length", "stop"}
+
+
 def test_repetition_penalty_equals_generate_among_neighbours_without_it(engine, loaded):
     async def crowd():
         return await asyncio.gather(*(

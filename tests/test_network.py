@@ -1,0 +1,105 @@
+"""The network as the engine computes it on a CPU, held against transformers' own."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import chatglm
+from chatglm import attention
+from chatglm.chat import to_messages
+from chatglm.device import FreeCores
+from test_api import until
+
+GOLDEN = Path(__file__).parent / "golden"
+LINUX = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts Linux's threads")
+
+
+async def answers(engine, questions, temperature=0):
+    async def answer(question):
+        async for chunk in engine.generate(to_messages(question), temperature=temperature, seed=1,
+                                           top_p=1, max_new_tokens=12):
+            pass
+        return chunk
+    return await asyncio.gather(*map(answer, questions))
+
+
+@pytest.mark.parametrize("times", [1, 600])  # of which the second takes several steps to read
+@pytest.mark.parametrize("name", ["chatglm2", "chatglm3"])
+def test_every_step_scores_as_transformers_own_network_does(name, times):
+    tokenizer, model = chatglm.load(GOLDEN / name, device="cpu")
+    steps = []
+    with chatglm.Engine(tokenizer, model) as engine:
+        hook = model.register_forward_hook(lambda _, inputs, output: steps.append(output.logits))
+        chunk, = asyncio.run(answers(engine, ["你好" * times]))
+        hook.remove()
+        assert "forward" in vars(model)  # or both would be the library's
+    read = steps[-chunk.completion_tokens:]
+    assert (len(steps) > len(read)) == (times > 1)
+    ids = tokenizer.encode_chat(to_messages("你好" * times))
+    for scores in read:
+        expected = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(scores[0, -1], expected, rtol=1e-4, atol=1e-4)
+        ids.append(int(expected.argmax()))
+
+
+def test_a_crowd_that_is_read_a_little_at_a_time_answers_as_one_by_one(monkeypatch):
+    questions = ["hi " * count for count in (1, 90, 3, 40, 7, 200, 2, 11)]
+    with chatglm.Engine(*chatglm.load(GOLDEN / "chatglm3", device="cpu")) as engine:
+        alone = [asyncio.run(answers(engine, [question], 1))[0].raw for question in questions]
+        assert len(set(alone)) == len(alone)
+        for kept in 1, 2**12, 2**14:
+            monkeypatch.setattr(attention, "COPIED_AT_ONCE", kept)
+            assert [c.raw for c in asyncio.run(answers(engine, questions, 1))] == alone
+
+
+def test_the_model_is_whole_after_an_engine(tmp_path):
+    tokenizer, model = chatglm.load(GOLDEN / "chatglm3", device="cpu")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with chatglm.Engine(tokenizer, model):
+        pass
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).state_dict()
+    assert before.keys() == again.keys()
+    assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+COUNT_THREADS = """
+import asyncio, os, threading, sys
+import chatglm
+
+def native():
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+async def ask(engine):
+    async for _ in engine.generate([{"role": "user", "content": "hi " * 300}], max_new_tokens=4):
+        pass
+before = native()
+with chatglm.Engine(*chatglm.load(device="cpu")) as engine:
+    asyncio.run(ask(engine))
+    print(native() - before)
+"""
+
+
+@LINUX
+def test_torch_has_threads_for_the_one_caller_that_computes():
+    done = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1], timeout=120, check=True)
+    assert int(done.stdout) <= 1  # of a second caller there would be one more at least
+
+
+def test_cores_that_other_programs_use_are_not_free():
+    free = FreeCores()
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+              for _ in range(psutil.cpu_count())]
+    try:
+        until(lambda: free() < psutil.cpu_count() / 2)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
