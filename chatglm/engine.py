@@ -6,13 +6,12 @@ new ones join. The event loop submits requests and reads tokens; it never waits 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import math
 import random
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, closing
 
 from transformers import GenerationConfig
@@ -23,7 +22,7 @@ from chatglm.chat import extend_history, to_messages
 from chatglm.device import cache_config, one_core, use_threads
 from chatglm.detokenizer import Detokenizer
 from chatglm.devices import agree
-from chatglm.places import Places
+from chatglm.places import Places, Ticket
 from chatglm.request import Chunk, EngineError, Report, Request, finish_reason
 from chatglm.router import Newest, Router
 from chatglm.sampler import Sampler
@@ -76,12 +75,12 @@ class Engine:
         if self.running:
             return
         self._end_thread()
+        self._stopping = False
         use_threads(self.model)
         with one_core():
             self._begin_thread()
 
     def _begin_thread(self) -> None:
-        self._stopping = False
         self.max_concurrency, self.longest = agree(self.max_concurrency, self.longest)
         model, stop_ids = self.model, self.tokenizer.stop_ids
         manager = model.init_continuous_batching(
@@ -90,13 +89,13 @@ class Engine:
         manager.output_router = Router()
         manager.logit_processor = Sampler(
             model.config.vocab_size, self.max_concurrency, model.device)
+        config = manager.continuous_batching_config
         if model.device.type == "cpu":
             model.set_attn_implementation(attention.NAME)  # finds pages itself, as flash does
-            manager.continuous_batching_config.max_blocks_per_request = math.ceil(
-                self.longest / manager.continuous_batching_config.page_size)
+            config.max_blocks_per_request = math.ceil(self.longest / config.page_size)
             network.use_page(model)
         manager.warmup()  # builds the cache here, so that a lack of memory shows at start-up
-        self._page = manager.continuous_batching_config.page_size
+        self._page = config.page_size
         self._places.pages = manager.batch_processor.cache.num_blocks
         self.context = min(self.longest, (self._places.pages - 1) * self._page)
         self._manager = manager
@@ -180,8 +179,7 @@ class Engine:
         try:
             yield Chunk("", "", report.prompt_tokens, 0)
             await ticket.turn
-            give_back = functools.partial(self._places.leave, ticket)
-            async with aclosing(self._outputs(request, report.id, give_back)) as outputs:
+            async with aclosing(self._outputs(request, report.id, ticket)) as outputs:
                 detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.anchor)
                 async for output in outputs:
                     yield self._chunk(request, output, detokenizer, report)
@@ -189,8 +187,6 @@ class Engine:
                         self._keep_running()  # if it was the thread that died
                     if report.reason in ("error", "cancelled"):
                         raise EngineError(f"the answer was broken off ({report.reason})")
-                    if report.reason:
-                        return
         except TimeoutError as error:
             report.reason = "timeout"
             raise EngineError(f"the answer took more than {self.timeout:g} s") from error
@@ -210,9 +206,9 @@ class Engine:
                      report.prompt_tokens, report.count, report.reason)
 
     async def _outputs(self, request: Request, request_id: str,
-                       give_back: Callable[[], None]) -> AsyncIterator[GenerationOutput]:
+                       ticket: Ticket) -> AsyncIterator[GenerationOutput]:
         """What the thread reports of a request, the newest only. Raises TimeoutError."""
-        with closing(Newest(self.timeout, give_back)) as newest:
+        with closing(Newest(self.timeout, lambda: self._places.leave(ticket))) as newest:
             manager = self._submit(request, request_id, newest)
             try:
                 while True:
