@@ -1,10 +1,10 @@
 """The GLM network on one page, as the engine runs it on a CPU.
 
-transformers' GlmForCausalLM computes the same, in some 400 operations a step, and where the network
-is small, to start them takes longer than to carry them out. Here they are about 100: the rotary
-embedding is one product of complex numbers, RMSNorm one operation, and nothing is asked twice. The
-weights are the model's own. A GPU, other networks, half precision and quantised weights take the
-library's way.
+transformers' GlmForCausalLM computes the same, in some 400 operations a step, and where the
+network is small, to start them takes longer than to carry them out. Here they are about 100: q, k
+and v are one product, the rotary embedding is another, of complex numbers, and RMSNorm is one
+operation. The weights are the model's own. A GPU, other networks, half precision and quantised
+weights take the library's way.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """From the thread that runs the model to the event loop: what is new of each answer.
 
-While Python runs on the event loop, the thread of the model waits for the interpreter. So a reader
-is woken for the first few tokens as they come, then at most 25 times a second, which looks smooth,
-and for the last; and the thread rouses the loop only in a step in which some reader is to be woken.
+While Python runs on the event loop, the thread of the model waits for the interpreter. So a
+reader is woken for the first few tokens as they come, then at most 25 times a second, which looks
+smooth, and for the last; and the thread rouses the loop only in a step in which some reader is to
+be woken.
 """
 
 from __future__ import annotations
