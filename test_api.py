@@ -111,7 +111,7 @@ def ask(url, prompt="Hello", **fields):
 
 
 def at_once(url, bodies):
-    with ThreadPoolExecutor(32) as pool:
+    with ThreadPoolExecutor(64) as pool:
         return list(pool.map(lambda body: ask(url, **body), bodies))
 
 
@@ -195,14 +195,24 @@ def test_a_seed_and_nothing_else_gives_the_same_answer_alone_and_among_16_others
     assert len({alone, *(ask(url, "你好", seed=seed, **WILD) for seed in (8, None, None))}) == 4
 
 
-def test_temperature_0_gives_the_same_answer_alone_and_in_a_crowd_of_16(url):
-    crowd = [{"prompt": prompt, "temperature": 0} for prompt in list(questions())[:16]]
-    assert at_once(url, crowd) == [ask(url, **request) for request in crowd]
-
-
 PAIRS = [["Count from 1 to 10", "1 2 3 4 5 6 7 8 9 10"]]
 ROLES = [{"role": "user", "content": PAIRS[0][0]}, {"role": "assistant", "content": PAIRS[0][1]}]
 SYSTEM = [{"role": "system", "content": "Be short."}]
+
+
+def test_64_conversations_at_once_are_answered_as_one_by_one_while_others_come_and_go(url):
+    crowd = [{"prompt": prompt, "history": [[], PAIRS][i % 2], "temperature": [0, 0.7, 1.5][i % 3],
+              "top_p": [0.5, 0.9][i % 2], "repetition_penalty": [1.0, 1.2][i % 5 == 0], "seed": i}
+             for i, prompt in enumerate(list(questions())[:64])]
+
+    def come_and_go(bytes_read):
+        with send(url, **ENDLESS) as reader:
+            reader.recv(bytes_read)
+    with ThreadPoolExecutor(16) as pool:
+        others = pool.map(come_and_go, range(1, 200))
+        together = at_once(url, crowd)
+        assert len(list(others)) == 199
+    assert together == [ask(url, **request) for request in crowd]
 
 
 @pytest.mark.parametrize("history", [[], PAIRS, ROLES, SYSTEM, SYSTEM + ROLES])
