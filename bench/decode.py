@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ import chatglm
 from bench import weights
 from bench.report import table
 from chatglm.checkpoint import load_chatglm_tokenizer
-from chatglm.device import CPU_BATCH_TOKENS, GIB, check_memory, pick_device, pick_dtype
+from chatglm.device import (CPU_BATCH_TOKENS, GIB, check_memory, one_core, pick_device,
+                            pick_dtype)
 from chatglm.files import TINY, read_json
 from chatglm.glm import ChatGLMForConditionalGeneration, translate_config
 from chatglm.quantize import held_bytes, pick_quantization
@@ -47,6 +49,7 @@ class Progress:
     ended: bool = False
 
 
+@one_core()
 def build(preset: str, device: torch.device, dtype: torch.dtype, quantize: str | None):
     """A network with random weights, made where it will run, in full before it is quantised."""
     published = CHATGLM3_6B if preset == "chatglm3-6b" else read_json(TINY / "config.json")
@@ -158,7 +161,8 @@ def main(settings: argparse.Namespace) -> int:
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     tokenizer, model = build(settings.preset, device, dtype, settings.quantize)
-    speed = bandwidth(device)
+    with ThreadPoolExecutor(1) as apart:  # torch's threads for it end with it: see one_core
+        speed = apart.submit(bandwidth, device).result()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     rows, results = [], []
     for batch in settings.batch:
