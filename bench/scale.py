@@ -25,7 +25,7 @@ from bench.compare import Prompts, machine, measure, median_of, run_load
 from bench.contenders import OURS, Contender, Running, our_server, serving
 from bench.load import get
 from bench.report import shown, table
-from chatglm.request import PAUSE
+from chatglm.router import PAUSE
 
 KNOCKS = 200      # of GET /health one after the other: a request without the model
 ANSWERS_ALONE = 4

@@ -1,9 +1,12 @@
 """The benchmarks run, with the shortest settings, on real servers."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -12,6 +15,11 @@ def bench(*arguments):
     done = subprocess.run([sys.executable, "-m", "bench", *map(str, arguments)], cwd=ROOT,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("bench/*.py")), ids=lambda file: file.stem)
+def test_what_a_benchmark_imports_is_there(file):
+    importlib.import_module(f"bench.{file.stem}")
 
 
 def test_the_comparison_has_figures_for_each_contender(tmp_path):
