@@ -6,8 +6,7 @@
 
 Reading order: glm.py, tokenizer.py, quantize.py, devices.py, device.py, files.py, checkpoint.py,
 tools.py, detokenizer.py, chat.py, sampler.py, attention.py, network.py, request.py, router.py,
-places.py, engine.py;
-bodies.py and completions.py: what requests may hold.
+places.py, engine.py; bodies.py and completions.py: what requests may hold.
 """
 
 from chatglm.checkpoint import load
