@@ -77,10 +77,15 @@ class Engine:
         self._end_thread()
         self._stopping = False
         use_threads(self.model)
-        with one_core():
-            self._begin_thread()
+        with one_core():  # but the thread is none of it, and has what torch is told otherwise
+            self._manager = self._make_manager()
+        # A thread is a daemon if its starter is: a script that forgets `stop` can still end.
+        starter = threading.Thread(target=self._manager.start, daemon=True)
+        starter.start()
+        starter.join()
 
-    def _begin_thread(self) -> None:
+    def _make_manager(self):
+        """The library's manager of a batch, with its cache; its thread does not run yet."""
         self.max_concurrency, self.longest = agree(self.max_concurrency, self.longest)
         model, stop_ids = self.model, self.tokenizer.stop_ids
         manager = model.init_continuous_batching(
@@ -98,11 +103,7 @@ class Engine:
         self._page = config.page_size
         self._places.pages = manager.batch_processor.cache.num_blocks
         self.context = min(self.longest, (self._places.pages - 1) * self._page)
-        self._manager = manager
-        # A thread is a daemon if its starter is: a script that forgets `stop` can still end.
-        starter = threading.Thread(target=manager.start, daemon=True)
-        starter.start()
-        starter.join()
+        return manager
 
     def stop(self) -> None:
         """Ends the thread after its current step; answers under way end as `cancelled`."""

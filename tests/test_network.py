@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import chatglm
-from chatglm import attention
+from chatglm import attention, device
 from chatglm.chat import to_messages
 from chatglm.device import FreeCores
 from test_api import until
@@ -91,6 +91,20 @@ def test_torch_has_threads_for_the_one_caller_that_computes():
     done = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True,
                           cwd=Path(__file__).parents[1], timeout=120, check=True)
     assert int(done.stdout) <= 1  # of a second caller there would be one more at least
+
+
+def test_a_large_network_is_computed_by_as_many_threads_as_torch_was_told(monkeypatch):
+    monkeypatch.setattr(device, "SMALL", 0)
+    before, seen = torch.get_num_threads(), set()
+    torch.set_num_threads(3)
+    try:
+        tokenizer, model = chatglm.load(GOLDEN / "chatglm3", device="cpu")
+        model.register_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
+        with chatglm.Engine(tokenizer, model) as engine:
+            asyncio.run(answers(engine, ["hi"]))
+        assert seen == {3} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_cores_that_other_programs_use_are_not_free():
