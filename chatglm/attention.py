@@ -50,6 +50,11 @@ class Plan(NamedTuple):
 Where = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def hide(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to scores so that those that are `hidden` do not count."""
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
+
+
 def plan_decodes(alone: torch.Tensor, counts: torch.Tensor, where: Where, at_once: int,
                  dtype: torch.dtype) -> tuple[torch.Tensor, list[Decode]]:
     """The requests `alone` in the order in which they are taken, about `at_once` keys a time; each
@@ -60,10 +65,11 @@ def plan_decodes(alone: torch.Tensor, counts: torch.Tensor, where: Where, at_onc
     while begin < len(alone):
         longest = max(lengths[begin:])
         some = alone[begin : begin + max(1, at_once // longest), None]                    # [B, 1]
-        own = torch.arange(longest) < counts[some]                                        # [B, L]
-        steps = torch.where(own, torch.arange(longest), 0)
-        mask = torch.zeros(own.shape, dtype=dtype).masked_fill(~own, -torch.inf)[:, None, None]
-        decodes.append(Decode(where(some, steps), mask if len(some) > 1 else None))
+        steps, mask = torch.arange(longest)[None], None                                   # [1, L]
+        if len(some) > 1:
+            own = steps < counts[some]                                                    # [B, L]
+            steps, mask = torch.where(own, steps, 0), hide(~own, dtype)[:, None, None]
+        decodes.append(Decode(where(some, steps), mask))
         begin += len(some)
     return alone, decodes
 
@@ -87,7 +93,7 @@ def make_plan(q_ends: torch.Tensor, k_ends: torch.Tensor, write: torch.Tensor | 
         if new < count or reach < count:
             hidden = torch.ones(new, count, dtype=torch.bool)
             hidden = hidden.triu(count - new + 1) | hidden.tril(count - new - reach)
-            mask = torch.zeros(new, count, dtype=dtype).masked_fill(hidden, -torch.inf)
+            mask = hide(hidden, dtype)
         keys = where(i[None, None], torch.arange(count)[None]).squeeze(0)
         prefills.append(Prefill(slice(begin, end), keys, mask))
     in_order = not prefills and len(decodes) == 1

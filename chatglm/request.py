@@ -11,6 +11,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 logger = logging.getLogger("chatglm")
 
+
 class EngineError(RuntimeError):
     """The engine cannot answer: it is stopped, its thread has died, or the time is up."""
 
