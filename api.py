@@ -40,9 +40,9 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 
 import chatglm
-from chatglm.bodies import Sampling
-from chatglm.chat import extend_history, to_messages
-from chatglm.completions import Completion, Reply, error_object
+from chatglm.text.messages import extend_history, to_messages
+from server.bodies import Sampling
+from server.openai_api import Completion, Reply, error_object
 
 # --- Settings: flags, each also an environment variable: --log-prompts is CHATGLM_LOG_PROMPTS ----
 
@@ -75,10 +75,18 @@ def parse_settings(arguments: list[str]) -> argparse.Namespace:
     parser.error = lambda message: parser.exit(2, f"api.py: {message} (--help lists the flags)\n")
     for name, (kind, default, least, text) in FLAGS.items():
         variable = "CHATGLM_" + name.upper().replace("-", "_")
-        parser.add_argument(f"--{name}", type=kind, default=os.environ.get(variable) or default,
-                            help=f"{text} [{variable}]")
-    parser.add_argument("--log-prompts", action="store_true", help="log what users ask",
-                        default=os.environ.get("CHATGLM_LOG_PROMPTS", "") not in ("", "0"))
+        parser.add_argument(
+            f"--{name}",
+            type=kind,
+            default=os.environ.get(variable) or default,
+            help=f"{text} [{variable}]",
+        )
+    parser.add_argument(
+        "--log-prompts",
+        action="store_true",
+        help="log what users ask",
+        default=os.environ.get("CHATGLM_LOG_PROMPTS", "") not in ("", "0"),
+    )
     settings = parser.parse_args(arguments)
     for name, (_, _, least, _) in FLAGS.items():
         value = getattr(settings, name.replace("-", "_"))
@@ -93,6 +101,7 @@ def parse_settings(arguments: list[str]) -> argparse.Namespace:
 
 
 # --- Requests --------------------------------------------------------------------------------
+
 
 class Chat(Sampling):
     """A question, with the turns before it; how to sample the answer is in `Sampling`."""
@@ -131,6 +140,7 @@ async def receive(request: Request) -> bytes:
 
 # --- The app ---------------------------------------------------------------------------------
 
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """The model runs from before the first request to after the last."""
@@ -139,8 +149,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     if not hasattr(app.state, "loaded"):  # under `uvicorn api:app` there was no main()
         load(parse_settings([]))
     gc.freeze()  # what is loaded stays; to look through it takes half a second, also at the end
-    limits = {name: getattr(app.state.settings, name)
-              for name in ("max_concurrency", "max_waiting", "max_length", "timeout")}
+    limits = {
+        name: getattr(app.state.settings, name)
+        for name in ("max_concurrency", "max_waiting", "max_length", "timeout")
+    }
     with chatglm.Engine(*app.state.loaded, **limits) as app.state.engine:
         yield
 
@@ -158,14 +170,19 @@ ORIGINS = re.split(r"[,\s]+", os.environ.get("CHATGLM_CORS_ORIGIN", ""))
 app.add_middleware(CORSMiddleware, allow_origins=ORIGINS, allow_headers=["*"], allow_methods=["*"])
 
 
-async def authorise(request: Request, sent: Annotated[
-        HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]) -> None:
+async def authorise(
+    request: Request,
+    sent: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
+) -> None:
     """Lets in who sends one of the keys, if there are any."""
     keys, given = request.app.state.settings.keys, sent.credentials.encode() if sent else b""
     # Each is compared, in constant time: how long a refusal takes tells nothing about a key.
     if keys and not any([hmac.compare_digest(given, key) for key in keys]):
-        raise HTTPException(401, "send one of the server's keys as Authorization: Bearer …",
-                            {"WWW-Authenticate": "Bearer"})
+        raise HTTPException(
+            401,
+            "send one of the server's keys as Authorization: Bearer …",
+            {"WWW-Authenticate": "Bearer"},
+        )
 
 
 GUARD = [Depends(authorise)]
@@ -177,8 +194,9 @@ async def refuse(request: Request, error: Exception) -> Response:
     """Every refusal, in the form of the protocol that was spoken."""
     if isinstance(error, chatglm.EngineError):
         full = isinstance(error, chatglm.QueueFull)
-        error = HTTPException(429 if full else 503, str(error),
-                              {"Retry-After": str(RETRY_AFTER)} if full else None)
+        error = HTTPException(
+            429 if full else 503, str(error), {"Retry-After": str(RETRY_AFTER)} if full else None
+        )
     if error.status_code == 204:
         return Response(status_code=204)
     openai = request.url.path.startswith("/v1/")
@@ -218,6 +236,7 @@ class AnswerResponse(StreamingResponse):
 
 class WholeResponse(StreamingResponse):
     """JSON, sent when all of it is there: a failure becomes a status, a hang-up is noticed."""
+
     media_type = "application/json"
 
     async def stream_response(self, send) -> None:
@@ -230,8 +249,18 @@ class WholeResponse(StreamingResponse):
 # --- POST /: frames of text ------------------------------------------------------------------
 
 REFUSAL = {"detail": "top_p must be less than or equal to 1, not 2"}
-CHAT = Chat.described(REFUSAL, {"text/plain": "<^>Hel<^>Hello!", "application/json": {
-    "response": "Hello!", "history": [["Hi", "Hello!"]], "status": 200, "time": "…"}})
+CHAT = Chat.described(
+    REFUSAL,
+    {
+        "text/plain": "<^>Hel<^>Hello!",
+        "application/json": {
+            "response": "Hello!",
+            "history": [["Hi", "Hello!"]],
+            "status": 200,
+            "time": "…",
+        },
+    },
+)
 NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter is for nginx
 
 
@@ -259,9 +288,15 @@ async def whole(chunks: AsyncIterator[chatglm.Chunk], body: Chat) -> AsyncIterat
     async with aclosing(chunks):
         async for chunk in chunks:
             pass
-    yield json.dumps({"response": chunk.text, "status": 200,
-                      "history": extend_history(body.history, body.prompt, chunk.text),
-                      "time": time.strftime("%Y-%m-%d %H:%M:%S")}, ensure_ascii=False)
+    yield json.dumps(
+        {
+            "response": chunk.text,
+            "status": 200,
+            "history": extend_history(body.history, body.prompt, chunk.text),
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        },
+        ensure_ascii=False,
+    )
 
 
 @app.post("/", response_class=PlainTextResponse, dependencies=GUARD, **CHAT["post"])
@@ -274,6 +309,7 @@ async def chat(request: Request) -> StreamingResponse:
 
 
 # --- /stream: server-sent events, for browsers -----------------------------------------------
+
 
 async def admit_events(request: Request) -> tuple:
     """Refuses before the first byte: a dependency still can, what yields events cannot."""
@@ -288,16 +324,18 @@ EVENTS = Chat.described(REFUSAL, {"text/event-stream": 'data: {"text": "Hel"}'})
 @app.get("/stream", response_class=EventSourceResponse, dependencies=GUARD, **EVENTS["get"])
 @app.post("/stream", response_class=EventSourceResponse, dependencies=GUARD, **EVENTS["post"])
 async def stream(
-        admitted: Annotated[tuple, Depends(admit_events)]) -> AsyncIterator[ServerSentEvent]:
+    admitted: Annotated[tuple, Depends(admit_events)],
+) -> AsyncIterator[ServerSentEvent]:
     """What is new of an answer, event by event; [DONE] at its end."""
     (body, chunks), message_id, sent = admitted, uuid.uuid4().hex, ""
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                new = chunk.text[len(sent):]
+                new = chunk.text[len(sent) :]
                 if new if body.stream else chunk.finish_reason in ("stop", "length"):
-                    yield ServerSentEvent(data={"text": new, "message_id": message_id},
-                                          id=message_id)
+                    yield ServerSentEvent(
+                        data={"text": new, "message_id": message_id}, id=message_id
+                    )
                     sent = chunk.text
         yield ServerSentEvent(raw_data="[DONE]", id=message_id)
     except chatglm.EngineError as error:
@@ -306,8 +344,10 @@ async def stream(
 
 # --- /v1: OpenAI's chat completions ----------------------------------------------------------
 
-OPENAI = Completion.described(error_object(400, "n 2 is not supported; leave it out"), {
-    "application/json": {"object": "chat.completion"}, "text/event-stream": "data: [DONE]"})
+OPENAI = Completion.described(
+    error_object(400, "n 2 is not supported; leave it out"),
+    {"application/json": {"object": "chat.completion"}, "text/event-stream": "data: [DONE]"},
+)
 
 
 @app.post("/v1/chat/completions", dependencies=GUARD, **OPENAI["post"])
@@ -330,6 +370,7 @@ async def models() -> dict:
 
 # --- The other routes ------------------------------------------------------------------------
 
+
 def model_name() -> str:
     return app.state.settings.model or "chatglm3-tiny"
 
@@ -339,9 +380,16 @@ async def health(request: Request) -> JSONResponse:
     """Whether it can answer; how many answers are under way, and how many wait for a place."""
     engine: chatglm.Engine = request.app.state.engine
     able = engine.running
-    return JSONResponse(status_code=200 if able else 503, content={
-        "status": "ok" if able else "not able to answer", "model": model_name(),
-        "device": str(engine.model.device), "active": engine.active, "waiting": engine.waiting})
+    return JSONResponse(
+        status_code=200 if able else 503,
+        content={
+            "status": "ok" if able else "not able to answer",
+            "model": model_name(),
+            "device": str(engine.model.device),
+            "active": engine.active,
+            "waiting": engine.waiting,
+        },
+    )
 
 
 @app.get("/", response_class=PlainTextResponse)
@@ -349,14 +397,18 @@ async def about(request: Request) -> Response:
     """A page to chat on for browsers; what this is, for others."""
     if "text/html" in request.headers.get("accept", ""):
         return FileResponse(Path(__file__).parent / "web" / "page.html")
-    return PlainTextResponse("A ChatGLM chat server. 一个 ChatGLM 对话服务器。\n\n"
-                             f"curl {request.base_url} -d '{{\"prompt\": \"你好\"}}'\n")
+    return PlainTextResponse(
+        "A ChatGLM chat server. 一个 ChatGLM 对话服务器。\n\n"
+        f'curl {request.base_url} -d \'{{"prompt": "你好"}}\'\n'
+    )
 
 
 # --- Start and stop --------------------------------------------------------------------------
 
+
 class Server(uvicorn.Server):
     """SIGINT ends it at once; SIGTERM when the answers under way have ended, with status 0."""
+
     grace = 0.0
 
     def handle_exit(self, sig: int, frame) -> None:

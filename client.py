@@ -25,6 +25,7 @@ class Broken(Exception):
 
 # --- Reading the stream ----------------------------------------------------------------------
 
+
 def frames(chunks: Iterable[bytes]) -> Iterator[str]:
     """The text so far, each time it has grown, however the network cut or joined the bytes.
     >>> list(frames([b"<^>He<^>Hel", b"lo<", b"^>Hello!"]))
@@ -33,7 +34,7 @@ def frames(chunks: Iterable[bytes]) -> Iterator[str]:
     frame, shown = b"", ""
     for chunk in chunks:
         frame += chunk
-        frame = frame[max(0, frame.rfind(MARKER)):]
+        frame = frame[max(0, frame.rfind(MARKER)) :]
         # Held back: bytes of a character, or of a marker, whose rest has not arrived.
         text = frame.removeprefix(MARKER).decode("utf-8", "ignore")
         text = unescape(re.sub("<(\\^\u200b*)?$", "", text))
@@ -57,8 +58,13 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Iterator[str
     # http_proxy is the way to other machines, not to this one.
     session.trust_env = not re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", args.url)
     headers = {"Authorization": args.api_key and f"Bearer {args.api_key}", "x-session-id": args.id}
-    body = {"prompt": prompt, "history": history, "max_length": args.max_length,
-            "top_p": args.top_p, "temperature": args.temperature}
+    body = {
+        "prompt": prompt,
+        "history": history,
+        "max_length": args.max_length,
+        "top_p": args.top_p,
+        "temperature": args.temperature,
+    }
     try:
         while True:
             with session.post(args.url, json=body, headers=headers, stream=True) as response:
@@ -70,16 +76,22 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Iterator[str
                 if not history or "leaves no room" not in refusal:
                     raise Broken(f"{refusal} (HTTP {response.status_code})")
             del history[0]
-            print("（对话太长，忘记了最早的一轮）(too long: the oldest turn is forgotten)", file=sys.stderr)
+            print(
+                "（对话太长，忘记了最早的一轮）(too long: the oldest turn is forgotten)",
+                file=sys.stderr,
+            )
     except requests.exceptions.ChunkedEncodingError as error:
         raise Broken("回答不完整，连接断了 (incomplete: the connection broke off)") from error
     except requests.exceptions.ConnectionError as error:
-        raise Broken(f"{args.url} 没有服务器，请运行 (no server, start it): python api.py") from error
+        raise Broken(
+            f"{args.url} 没有服务器，请运行 (no server, start it): python api.py"
+        ) from error
     except requests.exceptions.RequestException as error:
         raise Broken(str(error)) from error
 
 
 # --- Showing it ------------------------------------------------------------------------------
+
 
 def show_plain(texts: Iterator[str], heard: list[str]) -> None:
     """Writes what is new; into a pipe, all at the end. `heard[0]` is the text so far."""
@@ -95,11 +107,14 @@ def show_plain(texts: Iterator[str], heard: list[str]) -> None:
 def show_markdown(texts: Iterator[str], heard: list[str]) -> None:
     """Draws Markdown. Finished blocks are printed for good; only the last one is redrawn."""
     from rich import console, live, segment
+
     screen, done, drawn, pressed = console.Console(), 0, 0.0, []  # done: printed for good
     screen.width -= 3  # room for the ^C that terminals write where the cursor is
+
     def tail() -> segment.SegmentLines:  # of a block taller than the screen, its lower end
         lines = screen.render_lines(markdown(heard[0][done:]), pad=False)
-        return segment.SegmentLines(lines[2 - screen.height:], new_lines=True)
+        return segment.SegmentLines(lines[2 - screen.height :], new_lines=True)
+
     try:  # no thread of rich's that redraws: a line printed meanwhile would be drawn over
         with live.Live(console=screen, auto_refresh=False, transient=True) as last:
             for heard[0] in texts:
@@ -122,6 +137,7 @@ def show_markdown(texts: Iterator[str], heard: list[str]) -> None:
 def markdown(text: str):
     """rich's Markdown, with every line end kept, and HTML shown instead of left out."""
     from rich.markdown import Markdown
+
     document = Markdown(text)
     for token in document.parsed:
         token.type = {"html_block": "fence"}.get(token.type, token.type)
@@ -137,6 +153,7 @@ def finished_blocks(text: str) -> str:
 
 
 # --- The conversation ------------------------------------------------------------------------
+
 
 def ask(args: argparse.Namespace, prompt: str, history: list, show: Callable) -> int:
     """One turn, added to `history` unless nothing was said. Returns the exit status."""

@@ -55,8 +55,13 @@ def until(condition, limit=60):
 def started(*command, **environment):
     """A server of one's own: a process with a url and a log, ended by Ctrl-C if it still runs."""
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "wb") as file:
-        server = subprocess.Popen([sys.executable, *command, "--port", "0"], cwd=HERE, stdout=file,
-                                  stderr=file, env={**BARE, **environment})
+        server = subprocess.Popen(
+            [sys.executable, *command, "--port", "0"],
+            cwd=HERE,
+            stdout=file,
+            stderr=file,
+            env={**BARE, **environment},
+        )
         server.log = lambda: Path(folder, "log").read_text("utf-8", errors="replace")
         try:
             until(lambda: " on http" in server.log() or server.poll() is not None)
@@ -133,7 +138,7 @@ def textbook_client(url, prompt, **fields):
     text = ""
     for chunk in chunks(url, prompt, **fields):
         if (position := chunk.rfind("<^>")) >= 0:
-            text = chunk[position + 3:]
+            text = chunk[position + 3 :]
     return text
 
 
@@ -150,6 +155,7 @@ def questions():
 
 # --- 1. The stream -----------------------------------------------------------------------------
 
+
 def test_an_answer_is_chunked_text_that_nobody_may_keep_or_hold_back(url):
     reply = requests.post(url, json={"prompt": "Hello"}, timeout=60)
     assert reply.status_code == 200
@@ -159,8 +165,15 @@ def test_an_answer_is_chunked_text_that_nobody_may_keep_or_hold_back(url):
     assert reply.headers["X-Accel-Buffering"] == "no"
 
 
-@pytest.mark.parametrize("prompt, holds", [("Hello", "[a-z]"), (COUNT, "1 2 3"), (FRAME, "<\\^>"),
-                                           ("发一个表情符号", "[\U00010000-\U0010ffff]")])
+@pytest.mark.parametrize(
+    "prompt, holds",
+    [
+        ("Hello", "[a-z]"),
+        (COUNT, "1 2 3"),
+        (FRAME, "<\\^>"),
+        ("发一个表情符号", "[\U00010000-\U0010ffff]"),
+    ],
+)
 def test_each_chunk_is_one_frame_and_each_frame_begins_with_the_one_before(url, prompt, holds):
     frames = list(chunks(url, prompt, temperature=0))
     assert all(frame.startswith("<^>") and frame.count("<^>") == 1 for frame in frames)
@@ -182,6 +195,7 @@ def test_the_textbook_client_gets_the_whole_answer_to_every_question_of_the_corp
     def both(question):
         streamed = unescape(textbook_client(url, question, temperature=0))
         return question, streamed, ask(url, question, temperature=0)
+
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(both, questions()))
     assert len(answers) > 100 and [answer for answer in answers if answer[1] != answer[2]] == []
@@ -201,13 +215,22 @@ SYSTEM = [{"role": "system", "content": "Be short."}]
 
 
 def test_64_conversations_at_once_are_answered_as_one_by_one_while_others_come_and_go(url):
-    crowd = [{"prompt": prompt, "history": [[], PAIRS][i % 2], "temperature": [0, 0.7, 1.5][i % 3],
-              "top_p": [0.5, 0.9][i % 2], "repetition_penalty": [1.0, 1.2][i % 5 == 0], "seed": i}
-             for i, prompt in enumerate(list(questions())[:64])]
+    crowd = [
+        {
+            "prompt": prompt,
+            "history": [[], PAIRS][i % 2],
+            "temperature": [0, 0.7, 1.5][i % 3],
+            "top_p": [0.5, 0.9][i % 2],
+            "repetition_penalty": [1.0, 1.2][i % 5 == 0],
+            "seed": i,
+        }
+        for i, prompt in enumerate(list(questions())[:64])
+    ]
 
     def come_and_go(bytes_read):
         with send(url, **ENDLESS) as reader:
             reader.recv(bytes_read)
+
     with ThreadPoolExecutor(16) as pool:
         others = pool.map(come_and_go, range(1, 200))
         together = at_once(url, crowd)
@@ -221,8 +244,10 @@ def test_the_history_comes_back_in_its_form_with_this_turn_added(url, history):
     reply = requests.post(url, json=body, timeout=60).json()
     turn = [["你好", reply["response"]]]
     if history and isinstance(history[0], dict):
-        turn = [{"role": "user", "content": "你好"},
-                {"role": "assistant", "content": reply["response"]}]
+        turn = [
+            {"role": "user", "content": "你好"},
+            {"role": "assistant", "content": reply["response"]},
+        ]
     assert reply["history"] == history + turn
     assert reply["status"] == 200 and time.strptime(reply["time"], "%Y-%m-%d %H:%M:%S")
     assert set(reply) == {"response", "history", "status", "time"}
@@ -274,6 +299,7 @@ def test_the_repetition_penalty_changes_the_answer(url):
 
 # --- 2. Hanging up -----------------------------------------------------------------------------
 
+
 def send(url, **body):
     """Sends it over a bare socket, for a reader who reads as late as it likes, or never. With
     small segments and a small buffer here, the system keeps little of what waits to be read."""
@@ -293,8 +319,10 @@ def send(url, **body):
 @pytest.mark.parametrize("way", ["in the middle", "before reading anything", "not streaming"])
 def test_readers_that_hang_up_free_their_places(url, way):
     with ExitStack() as stack:
-        readers = [stack.enter_context(send(url, **ENDLESS, stream=way != "not streaming"))
-                   for _ in range(20)]
+        readers = [
+            stack.enter_context(send(url, **ENDLESS, stream=way != "not streaming"))
+            for _ in range(20)
+        ]
         until(lambda: busy(url) == 20)
         if way == "in the middle":
             until(lambda: b"<^>" in readers[0].recv(4096))
@@ -325,28 +353,91 @@ DEEP = b"[" * 100_000
 NAN, INF = float("nan"), float("inf")
 BAD = {  # a word that must be in the refusal, and bodies
     "body": [
-        b"", b"hello", b"{", b"prompt=hello", b"{'prompt': 'hi'}", b'{"prompt": "hi"} {}',
-        b'{"prompt": "caf\xe9"}', '{"prompt": "hi"}'.encode("utf-16"),
-        DEEP, b'{"prompt": "hi", "history": ' + DEEP + b"]" * len(DEEP) + b"}",
+        b"",
+        b"hello",
+        b"{",
+        b"prompt=hello",
+        b"{'prompt': 'hi'}",
+        b'{"prompt": "hi"} {}',
+        b'{"prompt": "caf\xe9"}',
+        '{"prompt": "hi"}'.encode("utf-16"),
+        DEEP,
+        b'{"prompt": "hi", "history": ' + DEEP + b"]" * len(DEEP) + b"}",
         b'{"prompt": "hi", "seed": 1' + b"0" * 5000 + b"}",  # too long for Python to read
-        [], ["hi"], "hi", 5, None, True],
-    "prompt": [{}, *[{"prompt": prompt} for prompt in (
-        None, "", " \n\t", "\u3000", "\u200b", "\ufeff\u2060\u200d", "\x00\x01\x1b\x7f", "\ud800",
-        "hi \udfff", 5, 0, True, False, [], ["hi"], {"text": "hi"}, 10 ** 4000)]],
+        [],
+        ["hi"],
+        "hi",
+        5,
+        None,
+        True,
+    ],
+    "prompt": [
+        {},
+        *[
+            {"prompt": prompt}
+            for prompt in (
+                None,
+                "",
+                " \n\t",
+                "\u3000",
+                "\u200b",
+                "\ufeff\u2060\u200d",
+                "\x00\x01\x1b\x7f",
+                "\ud800",
+                "hi \udfff",
+                5,
+                0,
+                True,
+                False,
+                [],
+                ["hi"],
+                {"text": "hi"},
+                10**4000,
+            )
+        ],
+    ],
     "2048": [{"prompt": "你" * 100_000}, {"prompt": "hi", "history": PAIRS * 9000}],
     "history": [
-        "", "hi", 5, 0, True, {}, ROLES[0], "x" * 100_000, [1], [None], ["hi"], ["hi", "there"],
-        [[]], [["hi"]], [["hi", "there", "you"]], [["hi", 5]], [[5, "hi"]], [["hi", None]],
-        [[["hi"], "there"]], [["\ud800", "there"]], [["hi", "\udfff"]], PAIRS + ROLES,
-        ROLES + PAIRS, [{}], [{"role": "user"}], [{"content": "hi"}],
-        [{"role": "user", "content": 5}], [{"role": None, "content": "hi"}],
-        [{"role": "user", "content": "\ud800"}], [{"role": "robot", "content": "hi"}],
-        SYSTEM * 2 + ROLES, ROLES + SYSTEM, ROLES[1:], [{"role": "observation", "content": "42"}]],
-    "max_length": [-1, 20.5, "20", "", True, False, [], {}, INF, NAN, -10 ** 30],
-    "top_p": [-0.1, 1.01, 2, "0.7", True, False, [0.7], NAN, -INF, 10 ** 30],
-    "temperature": [-0.1, 2.01, "1", True, {}, NAN, INF, -INF, 10 ** 400],
+        "",
+        "hi",
+        5,
+        0,
+        True,
+        {},
+        ROLES[0],
+        "x" * 100_000,
+        [1],
+        [None],
+        ["hi"],
+        ["hi", "there"],
+        [[]],
+        [["hi"]],
+        [["hi", "there", "you"]],
+        [["hi", 5]],
+        [[5, "hi"]],
+        [["hi", None]],
+        [[["hi"], "there"]],
+        [["\ud800", "there"]],
+        [["hi", "\udfff"]],
+        PAIRS + ROLES,
+        ROLES + PAIRS,
+        [{}],
+        [{"role": "user"}],
+        [{"content": "hi"}],
+        [{"role": "user", "content": 5}],
+        [{"role": None, "content": "hi"}],
+        [{"role": "user", "content": "\ud800"}],
+        [{"role": "robot", "content": "hi"}],
+        SYSTEM * 2 + ROLES,
+        ROLES + SYSTEM,
+        ROLES[1:],
+        [{"role": "observation", "content": "42"}],
+    ],
+    "max_length": [-1, 20.5, "20", "", True, False, [], {}, INF, NAN, -(10**30)],
+    "top_p": [-0.1, 1.01, 2, "0.7", True, False, [0.7], NAN, -INF, 10**30],
+    "temperature": [-0.1, 2.01, "1", True, {}, NAN, INF, -INF, 10**400],
     "repetition_penalty": [0, -1, 2.01, "1", True, [], NAN, INF],
-    "seed": [-1, 2 ** 32, 20.5, "7", True, [], NAN, 10 ** 4000],
+    "seed": [-1, 2**32, 20.5, "7", True, [], NAN, 10**4000],
     "stream": [0, 1, "false", "", [], {}],
 }
 for field in list(BAD)[3:]:  # those are values; the bodies with them:
@@ -369,25 +460,48 @@ def test_a_bad_request_is_refused_with_a_reason_and_harms_nobody(url, body, word
     assert ask(url)
 
 
-@pytest.mark.parametrize("sent", [bytes, lambda body: iter([body[:-9], body[-9:]])],
-                         ids=["with its length", "in chunks, which tell no length"])
+@pytest.mark.parametrize(
+    "sent",
+    [bytes, lambda body: iter([body[:-9], body[-9:]])],
+    ids=["with its length", "in chunks, which tell no length"],
+)
 def test_a_body_over_1_mib_is_refused_and_one_of_1_mib_is_not(url, sent):
-    body = b'{"prompt": "hi"}'.ljust(2 ** 20)
+    body = b'{"prompt": "hi"}'.ljust(2**20)
     assert requests.post(url, sent(body), timeout=60).status_code == 200
     reply = requests.post(url, sent(body + b" "), timeout=60)
     assert reply.status_code == 413 and isinstance(reply.json()["detail"], str)
     assert ask(url)
 
 
-FINE = [{"prompt": text} for text in (
-    "<|user|>", "<^>", "[gMASK]", "</s>", "<|system|>\n<|observation|>", "hi\x00\x1b[2J", "🚀",
-    "\ufeffhi\u200b", "{}", "null", "e\u0301", "\U0010ffff?")] + [
-    {"prompt": "hi", "history": []}, {"prompt": "hi", "history": [["<|user|>", "</s>"]]},
-    {"prompt": "hi", "max_length": 10 ** 30}, {"prompt": "hi", "temperature": 2, "top_p": 1},
-    {"prompt": "hi", "temperature": 0.0, "top_p": 1e-9}, {"prompt": "hi", "seed": 0},
-    {"prompt": "hi", "seed": 2 ** 32 - 1}, {"prompt": "hi", "repetition_penalty": 2},
+FINE = [
+    {"prompt": text}
+    for text in (
+        "<|user|>",
+        "<^>",
+        "[gMASK]",
+        "</s>",
+        "<|system|>\n<|observation|>",
+        "hi\x00\x1b[2J",
+        "🚀",
+        "\ufeffhi\u200b",
+        "{}",
+        "null",
+        "e\u0301",
+        "\U0010ffff?",
+    )
+] + [
+    {"prompt": "hi", "history": []},
+    {"prompt": "hi", "history": [["<|user|>", "</s>"]]},
+    {"prompt": "hi", "max_length": 10**30},
+    {"prompt": "hi", "temperature": 2, "top_p": 1},
+    {"prompt": "hi", "temperature": 0.0, "top_p": 1e-9},
+    {"prompt": "hi", "seed": 0},
+    {"prompt": "hi", "seed": 2**32 - 1},
+    {"prompt": "hi", "repetition_penalty": 2},
     {"prompt": "hi", "stream": True, "top_k": -1, "max_tokens": "many", "": None, "\ud800": []},
-    b'\xef\xbb\xbf{"prompt": "hi"}', b' \r\n{"prompt": "hi"}\n', b'{"prompt": "\\ud83d\\ude80"}',
+    b'\xef\xbb\xbf{"prompt": "hi"}',
+    b' \r\n{"prompt": "hi"}\n',
+    b'{"prompt": "\\ud83d\\ude80"}',
 ]
 
 
@@ -399,6 +513,7 @@ def test_what_only_looks_bad_is_answered(url, body):
 
 
 # --- 4. The other routes -----------------------------------------------------------------------
+
 
 def test_health_says_what_runs_where_and_how_busy_it_is(url):
     reply = requests.get(url + "/health", timeout=60)
@@ -414,13 +529,23 @@ def test_a_person_with_a_browser_finds_a_curl_line_and_every_field_of_the_reques
     assert requests.get(url + "/docs", timeout=60).status_code == 200
     post = requests.get(url + "/openapi.json", timeout=60).json()["paths"]["/"]["post"]
     schema = post["requestBody"]["content"]["application/json"]["schema"]
-    assert set(schema["properties"]) == {"prompt", "history", "max_length", "top_p", "temperature",
-                                         "repetition_penalty", "seed", "stream"}
+    assert set(schema["properties"]) == {
+        "prompt",
+        "history",
+        "max_length",
+        "top_p",
+        "temperature",
+        "repetition_penalty",
+        "seed",
+        "stream",
+    }
     assert schema["required"] == ["prompt"]
 
 
-@pytest.mark.parametrize("method, path, status", [
-    ("GET", "/nothing", 404), ("POST", "/chat", 404), ("PUT", "/", 405), ("POST", "/health", 405)])
+@pytest.mark.parametrize(
+    "method, path, status",
+    [("GET", "/nothing", 404), ("POST", "/chat", 404), ("PUT", "/", 405), ("POST", "/health", 405)],
+)
 def test_a_wrong_address_or_method_is_refused_as_json(url, method, path, status):
     reply = requests.request(method, url + path, timeout=60)
     assert reply.status_code == status and isinstance(reply.json()["detail"], str)
@@ -428,22 +553,40 @@ def test_a_wrong_address_or_method_is_refused_as_json(url, method, path, status)
 
 # --- 5. Starting and stopping ------------------------------------------------------------------
 
+
 def says_why_it_cannot_start(word, *flags, **environment):
-    result = subprocess.run([sys.executable, "api.py", *flags], cwd=HERE, timeout=120, text=True,
-                            encoding="utf-8", capture_output=True, env={**BARE, **environment})
+    result = subprocess.run(
+        [sys.executable, "api.py", *flags],
+        cwd=HERE,
+        timeout=120,
+        text=True,
+        encoding="utf-8",
+        capture_output=True,
+        env={**BARE, **environment},
+    )
     assert result.returncode != 0 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and word in result.stderr, result.stderr
 
 
 def test_a_start_that_fails_says_why_in_one_line():
-    with (socket.create_server(("127.0.0.1", 0)) as taken, ThreadPoolExecutor() as pool):
+    with socket.create_server(("127.0.0.1", 0)) as taken, ThreadPoolExecutor() as pool:
         port = str(taken.getsockname()[1])
-        starts = [pool.submit(says_why_it_cannot_start, *start) for start in [
-            ("no-such-folder", "--model", "./no-such-folder"), ("--nonsense", "--nonsense"),
-            ("99999", "--port", "99999"), (port, "--port", port)]]
-        starts += [pool.submit(says_why_it_cannot_start, word, **environment) for word, environment
-                   in [("many", {"CHATGLM_PORT": "many"}), ("no-such-folder", {
-                       "CHATGLM_MODEL": "./no-such-folder", "CHATGLM_PORT": "0"})]]
+        starts = [
+            pool.submit(says_why_it_cannot_start, *start)
+            for start in [
+                ("no-such-folder", "--model", "./no-such-folder"),
+                ("--nonsense", "--nonsense"),
+                ("99999", "--port", "99999"),
+                (port, "--port", port),
+            ]
+        ]
+        starts += [
+            pool.submit(says_why_it_cannot_start, word, **environment)
+            for word, environment in [
+                ("many", {"CHATGLM_PORT": "many"}),
+                ("no-such-folder", {"CHATGLM_MODEL": "./no-such-folder", "CHATGLM_PORT": "0"}),
+            ]
+        ]
         for start in starts:
             start.result()
 
@@ -459,8 +602,9 @@ def test_ctrl_c_ends_it_at_once_and_no_half_answer_looks_whole():
         server.wait(60)
         assert time.monotonic() - begin < 5  # 2 s are promised; a busy machine may take longer
         for reader in readers:
-            with pytest.raises((requests.exceptions.ChunkedEncodingError,
-                                requests.exceptions.ConnectionError)):
+            with pytest.raises(
+                (requests.exceptions.ChunkedEncodingError, requests.exceptions.ConnectionError)
+            ):
                 list(reader)
         assert "Traceback" not in server.log() and COUNT not in server.log()
 
@@ -492,9 +636,13 @@ def taken_after_leaving(process):
         try:
             for number in range(READY):
                 taken[0] = number + 1
-                yield chatglm.Chunk(text=f"{number}", raw=f"{number}", prompt_tokens=1,
-                                    completion_tokens=number,
-                                    finish_reason="stop" if number == READY - 1 else None)
+                yield chatglm.Chunk(
+                    text=f"{number}",
+                    raw=f"{number}",
+                    prompt_tokens=1,
+                    completion_tokens=number,
+                    finish_reason="stop" if number == READY - 1 else None,
+                )
         finally:
             ended.set()
 

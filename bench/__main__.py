@@ -20,10 +20,14 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULTS = {  # in full, and with --quick
-    "compare": ({"clients": [1, 4, 16, 64], "tokens": 100, "repeats": 3},
-                {"clients": [1, 16], "tokens": 40, "repeats": 1}),
-    "scale": ({"clients": [1, 8, 32], "tokens": 100, "repeats": 3},
-              {"clients": [1, 16], "tokens": 100, "repeats": 1}),
+    "compare": (
+        {"clients": [1, 4, 16, 64], "tokens": 100, "repeats": 3},
+        {"clients": [1, 16], "tokens": 40, "repeats": 1},
+    ),
+    "scale": (
+        {"clients": [1, 8, 32], "tokens": 100, "repeats": 3},
+        {"clients": [1, 16], "tokens": 100, "repeats": 1},
+    ),
 }
 
 
@@ -42,10 +46,18 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--clients", type=numbers, help="default: 1,4,16,64")
     compare.add_argument("--tokens", type=int, help="of an answer (default: 100)")
     compare.add_argument("--repeats", type=int, help="default: 3")
-    compare.add_argument("--peer", action="append", default=[], metavar="NAME=URL",
-                         help="an OpenAI-compatible server that runs already; may be repeated")
-    compare.add_argument("--weights", metavar="FOLDER",
-                         help="keep the weights there, as `python -m bench.weights` makes them")
+    compare.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="an OpenAI-compatible server that runs already; may be repeated",
+    )
+    compare.add_argument(
+        "--weights",
+        metavar="FOLDER",
+        help="keep the weights there, as `python -m bench.weights` makes them",
+    )
     growth = add("growth", help="cost against the length of an answer and the number of clients")
     soak = add("soak", help="does every answer arrive, and is it the right one?")
     soak.add_argument("--minutes", type=float, default=10)

@@ -35,8 +35,12 @@ def ceiling() -> float:
     loop.run_until_complete(listen())
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    plan = {"host": "127.0.0.1", "port": port[0], "style": "frames",
-            "clients": [[["/", {}]]] * CLIENTS}
+    plan = {
+        "host": "127.0.0.1",
+        "port": port[0],
+        "style": "frames",
+        "clients": [[["/", {}]]] * CLIENTS,
+    }
     result = run_apart(plan)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()

@@ -14,13 +14,17 @@ import psutil
 from bench import load, report
 from bench.contenders import OURS, Contender, PeakMemory, Running, contenders, serving
 
-LONG = 1000         # tokens of a long prompt
-ANSWERS_ALONE = 4   # answers that a single client asks for, one after the other
-LOAD_LIMIT = 0.5    # of a core: a load that takes more may itself be what is slow
+LONG = 1000  # tokens of a long prompt
+ANSWERS_ALONE = 4  # answers that a single client asks for, one after the other
+LOAD_LIMIT = 0.5  # of a core: a load that takes more may itself be what is slow
 SENTENCES = [
-    "今天我们学习流式输出，也就是一个字一个字地把回答送给读者。", "服务器要同时照顾很多人，谁也不能等太久。",
-    "The server sends what it has as soon as it has it.", "A reader may be slow or go away.",
-    "每一步，模型为每个请求算出一个新的词。", "What is the marker between two frames for?"]
+    "今天我们学习流式输出，也就是一个字一个字地把回答送给读者。",
+    "服务器要同时照顾很多人，谁也不能等太久。",
+    "The server sends what it has as soon as it has it.",
+    "A reader may be slow or go away.",
+    "每一步，模型为每个请求算出一个新的词。",
+    "What is the marker between two frames for?",
+]
 
 
 class Prompts:
@@ -43,8 +47,13 @@ class Prompts:
 
 def run_load(server: Running, contender: Contender, clients: list[list], health: bool) -> dict:
     """Lets bench.load carry out a plan, and adds what the server's process has used."""
-    plan = {"host": server.host, "port": server.port, "style": contender.style,
-            "clients": clients, "health": "/health" if health else None}
+    plan = {
+        "host": server.host,
+        "port": server.port,
+        "style": contender.style,
+        "clients": clients,
+        "health": "/health" if health else None,
+    }
     before = server.cpu_seconds()
     with PeakMemory(server) as memory:
         result = load.run_apart(plan)
@@ -63,13 +72,14 @@ def measure(result: dict, tokens: int, own: bool) -> dict:
     look into."""
     good = [a for a in result["answers"] if a["complete"] and a["arrivals"] and a["status"] == 200]
     first = [a["arrivals"][0] - a["started"] for a in good]
-    gaps = [later - sooner for a in good
-            for sooner, later in zip(a["arrivals"], a["arrivals"][1:])]
+    gaps = [later - sooner for a in good for sooner, later in zip(a["arrivals"], a["arrivals"][1:])]
     made = tokens * len(good)
     return {
         "tokens_per_s": made / result["wall_s"],
-        "first_median": percentile(first, 0.5), "first_p95": percentile(first, 0.95),
-        "between_median": percentile(gaps, 0.5), "between_p95": percentile(gaps, 0.95),
+        "first_median": percentile(first, 0.5),
+        "first_p95": percentile(first, 0.95),
+        "between_median": percentile(gaps, 0.5),
+        "between_p95": percentile(gaps, 0.95),
         "bytes_per_answer": statistics.median([a["bytes"] for a in good]) if good else None,
         "cpu_per_token": result["cpu_s"] / made if own and made else None,
         "peak_memory": result["memory"] if own else None,
@@ -80,8 +90,9 @@ def measure(result: dict, tokens: int, own: bool) -> dict:
     }
 
 
-def measure_contender(contender: Contender, prompts: Prompts, settings: argparse.Namespace,
-                      figures: dict) -> None:
+def measure_contender(
+    contender: Contender, prompts: Prompts, settings: argparse.Namespace, figures: dict
+) -> None:
     """One start of the contender: each kind of prompt and each number of clients once."""
     with serving(contender) as server:
         own = server.process is not None
@@ -90,13 +101,18 @@ def measure_contender(contender: Contender, prompts: Prompts, settings: argparse
         for kind in ("short", "long"):
             for clients in settings.clients:
                 each = max(1, ANSWERS_ALONE // clients)
-                asked = [[contender.body(*prompts.make(kind), settings.tokens)
-                          for _ in range(each)] for _ in range(clients)]
+                asked = [
+                    [contender.body(*prompts.make(kind), settings.tokens) for _ in range(each)]
+                    for _ in range(clients)
+                ]
                 result = run_load(server, contender, asked, own)
                 got = measure(result, settings.tokens, own)
                 figures[contender.name, kind, clients].append(got)
-                print(f"  {contender.name}, {kind} prompt, {clients} clients: "
-                      f"{got['tokens_per_s']:.0f} tokens/s, {got['failed']} failed", flush=True)
+                print(
+                    f"  {contender.name}, {kind} prompt, {clients} clients: "
+                    f"{got['tokens_per_s']:.0f} tokens/s, {got['failed']} failed",
+                    flush=True,
+                )
                 for answer in result["answers"]:
                     if answer["error"] or answer["status"] != 200:
                         print(f"    {answer['status']} {answer['error']}")
@@ -105,9 +121,11 @@ def measure_contender(contender: Contender, prompts: Prompts, settings: argparse
 
 def median_of(runs: list[dict]) -> dict:
     """Of each figure, the median over the repeats; None where there was none."""
+
     def middle(values: list) -> float | None:
         known = [value for value in values if value is not None]
         return statistics.median(known) if known else None
+
     figures = {name: middle([run[name] for run in runs]) for name in runs[0]}
     figures["failed"] = sum(run["failed"] for run in runs)
     figures["load_share"] = max(run["load_share"] for run in runs)
@@ -115,15 +133,20 @@ def median_of(runs: list[dict]) -> dict:
 
 
 def machine() -> dict:
-    return {"when": time.strftime("%Y-%m-%d %H:%M"), "cores": psutil.cpu_count(),
-            "memory": psutil.virtual_memory().total, "system": platform.platform(terse=True),
-            "python": platform.python_version()}
+    return {
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+        "cores": psutil.cpu_count(),
+        "memory": psutil.virtual_memory().total,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+    }
 
 
 def main(settings: argparse.Namespace) -> int:
     """Measures, prints and saves. Returns the exit status: 1 if this server failed an answer."""
     from bench import canned, weights  # here, because torch takes seconds to import
-    from chatglm.checkpoint import load_chatglm_tokenizer
+    from chatglm.checkpoint.load import load_chatglm_tokenizer
+
     begun = time.monotonic()
     ceiling = canned.ceiling()
     print(f"The load by itself, with frames that are there already: {ceiling:,.0f} frames/s")
@@ -142,8 +165,14 @@ def main(settings: argparse.Namespace) -> int:
                     print(f"left out: {error}")
                     field.remove(contender)
     medians = {key: median_of(runs) for key, runs in figures.items()}
-    settled = {"tokens": settings.tokens, "repeats": settings.repeats, "long_prompt": LONG,
-               "load_ceiling": ceiling, "seconds": round(time.monotonic() - begun), **machine()}
+    settled = {
+        "tokens": settings.tokens,
+        "repeats": settings.repeats,
+        "long_prompt": LONG,
+        "load_ceiling": ceiling,
+        "seconds": round(time.monotonic() - begun),
+        **machine(),
+    }
     report.save(settings.out, settled, medians, figures)
     slow = [key for key, got in medians.items() if got["load_share"] > LOAD_LIMIT]
     if slow:

@@ -11,8 +11,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -34,11 +34,11 @@ class Contender:
     """A server that is started for the benchmark, or one that runs already (`url`)."""
 
     name: str
-    style: str                                          # frames or openai
-    command: list[str] = field(default_factory=list)    # {port} stands for the port
-    model: str = ""                                     # the name it serves the weights by
+    style: str  # frames or openai
+    command: list[str] = field(default_factory=list)  # {port} stands for the port
+    model: str = ""  # the name it serves the weights by
     url: str = ""
-    ready: str = ""                                     # what its log says when all of it is up
+    ready: str = ""  # what its log says when all of it is up
 
     def body(self, prompt: str, prompt_tokens: int, tokens: int) -> list:
         """[path, body] of a question whose answer has `tokens` tokens, sampled as by default."""
@@ -46,8 +46,15 @@ class Contender:
         if self.style == "frames":
             return ["/", {"prompt": prompt, "max_length": prompt_tokens + tokens, **sampling}]
         path = urlsplit(self.url).path.rstrip("/") + "/v1/chat/completions"
-        return [path, {"model": self.model, "max_tokens": tokens, **sampling,
-                       "messages": [{"role": "user", "content": prompt}]}]
+        return [
+            path,
+            {
+                "model": self.model,
+                "max_tokens": tokens,
+                **sampling,
+                "messages": [{"role": "user", "content": prompt}],
+            },
+        ]
 
 
 @dataclass
@@ -100,15 +107,34 @@ def our_server(folder: Path | None = None) -> Contender:
 
 def contenders(published: Path, native: Path, peers: list[str]) -> list[Contender]:
     """All that can run here; a line says what cannot, and why."""
-    found = [our_server(published), Contender(TEXTBOOK, "frames", [
-        sys.executable, "-m", "bench.textbook", str(published), "{port}"])]
+    found = [
+        our_server(published),
+        Contender(
+            TEXTBOOK, "frames", [sys.executable, "-m", "bench.textbook", str(published), "{port}"]
+        ),
+    ]
     # By its module, because the script may not be on the PATH of a virtual environment.
-    serve = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(native),
-             "--host", "127.0.0.1", "--port", "{port}"]
+    serve = [
+        sys.executable,
+        "-m",
+        "transformers.cli.transformers",
+        "serve",
+        str(native),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "{port}",
+    ]
     if importlib.util.find_spec("openai"):
-        found += [Contender("transformers serve", "openai", serve, str(native)),
-                  Contender("transformers serve, continuous batching", "openai",
-                            [*serve, *CONTINUOUS], str(native))]
+        found += [
+            Contender("transformers serve", "openai", serve, str(native)),
+            Contender(
+                "transformers serve, continuous batching",
+                "openai",
+                [*serve, *CONTINUOUS],
+                str(native),
+            ),
+        ]
     else:
         print("left out: transformers serve (pip install 'transformers[serving]' adds it)")
     for peer in peers:
@@ -139,8 +165,9 @@ def serving(contender: Contender) -> Iterator[Running]:
         port = probe.getsockname()[1]
     command = [part.replace("{port}", str(port)) for part in contender.command]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={
-            **os.environ, "HF_HUB_OFFLINE": "1"})  # nothing may wait for the network
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )  # nothing may wait for the network
         try:
             if not comes_up(port, process, log, contender.ready):
                 log.seek(0)

@@ -22,22 +22,31 @@ from transformers.quantizers import AutoHfQuantizer
 import chatglm
 from bench import weights
 from bench.report import table
-from chatglm.checkpoint import load_chatglm_tokenizer
-from chatglm.device import (CPU_BATCH_TOKENS, GIB, check_memory, one_core, pick_device,
-                            pick_dtype)
-from chatglm.files import TINY, read_json
-from chatglm.glm import ChatGLMForConditionalGeneration, translate_config
-from chatglm.quantize import held_bytes, pick_quantization
+from chatglm.checkpoint.conversion import ChatGLMForConditionalGeneration, translate_config
+from chatglm.checkpoint.files import TINY, read_json
+from chatglm.checkpoint.load import load_chatglm_tokenizer
+from chatglm.checkpoint.memory import check_memory
+from chatglm.checkpoint.quantize import pick_quantization
+from chatglm.engine.batch import CPU_BATCH_TOKENS
+from chatglm.hardware.device import GIB, pick_device, pick_dtype
+from chatglm.hardware.threads import single_threaded
 
-PROMPT = 128     # tokens of each prompt
-COPIES = 10      # of the block whose copying shows the bandwidth
-STEP = 2         # bytes of memory moved per byte copied: it is read and written
+PROMPT = 128  # tokens of each prompt
+COPIES = 10  # of the block whose copying shows the bandwidth
+STEP = 2  # bytes of memory moved per byte copied: it is read and written
 
 # config.json of the published ChatGLM3-6B, as far as its network goes
 CHATGLM3_6B = {
-    "padded_vocab_size": 65024, "hidden_size": 4096, "ffn_hidden_size": 13696, "num_layers": 28,
-    "num_attention_heads": 32, "multi_query_group_num": 2, "kv_channels": 128,
-    "seq_length": 8192, "layernorm_epsilon": 1e-5, "add_qkv_bias": True,
+    "padded_vocab_size": 65024,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 13696,
+    "num_layers": 28,
+    "num_attention_heads": 32,
+    "multi_query_group_num": 2,
+    "kv_channels": 128,
+    "seq_length": 8192,
+    "layernorm_epsilon": 1e-5,
+    "add_qkv_bias": True,
 }
 
 
@@ -49,7 +58,7 @@ class Progress:
     ended: bool = False
 
 
-@one_core()
+@single_threaded()
 def build(preset: str, device: torch.device, dtype: torch.dtype, quantize: str | None):
     """A network with random weights, made where it will run, in full before it is quantised."""
     published = CHATGLM3_6B if preset == "chatglm3-6b" else read_json(TINY / "config.json")
@@ -75,8 +84,11 @@ def build(preset: str, device: torch.device, dtype: torch.dtype, quantize: str |
 def make_small(model, config) -> None:
     """What transformers' loading does to each matrix, for a network that no file holds."""
     quantizer = AutoHfQuantizer.from_config(config)
-    before = {name: (module.weight, module.bias) for name, module in model.named_modules()
-              if isinstance(module, torch.nn.Linear)}
+    before = {
+        name: (module.weight, module.bias)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
     quantizer.preprocess_model(model, device_map=None)
     convert = quantizer.get_quantize_ops().convert
     for name, (weight, bias) in before.items():
@@ -111,9 +123,9 @@ def step_bytes(model, batch: int, context: float) -> float:
     config = model.config
     # Of the embedding only a row per request is read, unless it is the output layer as well.
     own_head = model.lm_head.weight is not model.model.embed_tokens.weight
-    weights = held_bytes(model) - own_head * model.model.embed_tokens.weight.nbytes
+    total = weights.held_bytes(model) - own_head * model.model.embed_tokens.weight.nbytes
     kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return weights + model.dtype.itemsize * batch * context * kept
+    return total + model.dtype.itemsize * batch * context * kept
 
 
 async def follow(engine: chatglm.Engine, request, progress: Progress) -> None:
@@ -128,13 +140,22 @@ async def decode_speed(engine: chatglm.Engine, batch: int, tokens: int) -> tuple
     taken in until the first answer ends."""
     texts = [f"{i} " + "hello world " * PROMPT for i in range(batch)]
     tokens += batch * PROMPT // CPU_BATCH_TOKENS  # steps in which prompts are still taken in
-    requests = [engine.prepare([{"role": "user", "content": text}], max_length=engine.context,
-                               max_new_tokens=tokens, temperature=0) for text in texts]
+    requests = [
+        engine.prepare(
+            [{"role": "user", "content": text}],
+            max_length=engine.context,
+            max_new_tokens=tokens,
+            temperature=0,
+        )
+        for text in texts
+    ]
     for request in requests:
         del request.input_ids[PROMPT:]
     progress = [Progress() for _ in requests]
-    tasks = [asyncio.create_task(follow(engine, request, each))
-             for request, each in zip(requests, progress)]
+    tasks = [
+        asyncio.create_task(follow(engine, request, each))
+        for request, each in zip(requests, progress)
+    ]
     while not all(each.tokens for each in progress):
         await asyncio.sleep(0.001)
     begun, before = time.perf_counter(), sum(each.tokens for each in progress)
@@ -144,8 +165,10 @@ async def decode_speed(engine: chatglm.Engine, batch: int, tokens: int) -> tuple
         last, after = time.perf_counter(), sum(each.tokens for each in progress)
     await asyncio.gather(*tasks)
     if after == before:
-        raise ValueError(f"--tokens {tokens} is too few: the first answers ended before the last "
-                         "prompt was taken in")
+        raise ValueError(
+            f"--tokens {tokens} is too few: the first answers ended before the last "
+            "prompt was taken in"
+        )
     return (after - before) / (last - begun), PROMPT + (before + after) / 2 / batch
 
 
@@ -161,7 +184,7 @@ def main(settings: argparse.Namespace) -> int:
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     tokenizer, model = build(settings.preset, device, dtype, settings.quantize)
-    with ThreadPoolExecutor(1) as apart:  # torch's threads for it end with it: see one_core
+    with ThreadPoolExecutor(1) as apart:  # torch's threads for it end with it: see single_threaded
         speed = apart.submit(bandwidth, device).result()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     rows, results = [], []
@@ -170,20 +193,44 @@ def main(settings: argparse.Namespace) -> int:
         least = step_bytes(model, batch, context) / speed  # seconds a step
         limit = batch / least
         results.append({"batch": batch, "tokens_per_s": rate, "limit": limit, "context": context})
-        rows.append([str(batch), f"{rate:,.0f}", f"{1000 * batch / rate:,.2f}",
-                     f"{1000 * least:,.2f}", f"{limit:,.0f}", f"{rate / limit:.0%}"])
+        rows.append(
+            [
+                str(batch),
+                f"{rate:,.0f}",
+                f"{1000 * batch / rate:,.2f}",
+                f"{1000 * least:,.2f}",
+                f"{limit:,.0f}",
+                f"{rate / limit:.0%}",
+            ]
+        )
         print(f"  batch {batch}: {rate:,.0f} tokens/s", flush=True)
-    held = held_bytes(model)
-    title = (f"{settings.preset} on {where}, {settings.quantize or dtype}, weights of "
-             f"{held / 1e9:,.3g} GB, copies at {speed / 1e9:,.0f} GB/s")
-    text = title + "\n\n" + table(
-        ["batch", "tokens/s", "ms/step", "least ms/step", "limit tokens/s", "share"], rows)
+    held = weights.held_bytes(model)
+    title = (
+        f"{settings.preset} on {where}, {settings.quantize or dtype}, weights of "
+        f"{held / 1e9:,.3g} GB, copies at {speed / 1e9:,.0f} GB/s"
+    )
+    text = (
+        title
+        + "\n\n"
+        + table(["batch", "tokens/s", "ms/step", "least ms/step", "limit tokens/s", "share"], rows)
+    )
     settings.out.mkdir(parents=True, exist_ok=True)
     name = "-".join(filter(None, ["decode", settings.preset, device.type, settings.quantize]))
     (settings.out / f"{name}.md").write_text(text + "\n", "utf-8")
-    (settings.out / f"{name}.json").write_text(json.dumps(
-        {"where": where, "dtype": str(dtype), "quantize": settings.quantize, "held_bytes": held,
-         "bytes_per_s": speed, "results": results},
-        indent=1) + "\n", "utf-8")
+    (settings.out / f"{name}.json").write_text(
+        json.dumps(
+            {
+                "where": where,
+                "dtype": str(dtype),
+                "quantize": settings.quantize,
+                "held_bytes": held,
+                "bytes_per_s": speed,
+                "results": results,
+            },
+            indent=1,
+        )
+        + "\n",
+        "utf-8",
+    )
     print(f"\n{text}\nsaved in {settings.out}")
     return 0

@@ -22,20 +22,29 @@ from bench.report import MIB, shown, table
 LENGTHS, QUICK_LENGTHS = [256, 1024, 4096], [64, 256, 1024]  # tokens of an answer
 CLIENTS, QUICK_CLIENTS = [1, 4, 16, 64], [1, 16]
 SLOW_RATE = 20_000  # bytes a second that a slow reader takes
-REPEATS = 3         # medians of so many, where an answer is short
+REPEATS = 3  # medians of so many, where an answer is short
 # Attention looks back at all there is, so CPU time may grow a little faster than the answer.
-STEEPEST = 1.35     # exponent of the answer's length; 1 is linear, 2 is a square
+STEEPEST = 1.35  # exponent of the answer's length; 1 is linear, 2 is a square
 
 
-def load(server: Running, contender: Contender, prompts: Prompts, tokens: int, clients: int,
-         rate: float | None = None) -> dict:
+def load(
+    server: Running,
+    contender: Contender,
+    prompts: Prompts,
+    tokens: int,
+    clients: int,
+    rate: float | None = None,
+) -> dict:
     """One answer each for so many clients at once; CPU seconds and bytes are per answer."""
     questions = [contender.body(*prompts.make("short"), tokens) for _ in range(clients)]
 
     async def all_at_once() -> list[Answer]:
-        return await asyncio.gather(*(
-            ask(server.host, server.port, path, body, contender.style, rate)
-            for path, body in questions))
+        return await asyncio.gather(
+            *(
+                ask(server.host, server.port, path, body, contender.style, rate)
+                for path, body in questions
+            )
+        )
 
     before, begun = server.cpu_seconds(), time.perf_counter()
     with PeakMemory(server) as memory:
@@ -43,10 +52,16 @@ def load(server: Running, contender: Contender, prompts: Prompts, tokens: int, c
     bad = [answer for answer in answers if not answer.complete or answer.status != 200]
     if bad:
         raise ValueError(f"an answer of {tokens} tokens failed: {bad[0].status} {bad[0].error}")
-    return {"tokens": tokens, "clients": clients, "rate": rate, "style": contender.style,
-            "cpu": (server.cpu_seconds() - before) / clients, "memory": memory.peak,
-            "wall": time.perf_counter() - begun,
-            "bytes": sum(answer.bytes for answer in answers) / clients}
+    return {
+        "tokens": tokens,
+        "clients": clients,
+        "rate": rate,
+        "style": contender.style,
+        "cpu": (server.cpu_seconds() - before) / clients,
+        "memory": memory.peak,
+        "wall": time.perf_counter() - begun,
+        "bytes": sum(answer.bytes for answer in answers) / clients,
+    }
 
 
 def middle(runs: list[dict]) -> dict:
@@ -62,9 +77,16 @@ def exponent(runs: list[dict], figure: str) -> float:
 
 def row(run: dict, style: str) -> list[str]:
     tokens = run["tokens"]
-    return [style, str(run["clients"]), f"{tokens:,}", shown(run["cpu"] / tokens, 1000, 2),
-            shown(run["wall"] / tokens, 1000, 2), shown(run["bytes"], 1, 0),
-            shown(run["bytes"] / tokens, 1, 0), shown(run["memory"], 1 / MIB, 0)]
+    return [
+        style,
+        str(run["clients"]),
+        f"{tokens:,}",
+        shown(run["cpu"] / tokens, 1000, 2),
+        shown(run["wall"] / tokens, 1000, 2),
+        shown(run["bytes"], 1, 0),
+        shown(run["bytes"] / tokens, 1, 0),
+        shown(run["memory"], 1 / MIB, 0),
+    ]
 
 
 def rounds(server: Running, prompts: Prompts, quick: bool) -> dict[str, list[dict]]:
@@ -107,7 +129,8 @@ def next_turn(server: Running, prompts: Prompts) -> dict[str, float]:
 
 def main(settings: argparse.Namespace) -> int:
     """Prints and saves one table. Returns the exit status: 1 if something grows too fast."""
-    from chatglm.checkpoint import load_chatglm_tokenizer
+    from chatglm.checkpoint.load import load_chatglm_tokenizer
+
     with tempfile.TemporaryDirectory() as folder:
         published, _ = weights.make(Path(folder))
         prompts = Prompts(load_chatglm_tokenizer(published, "chatglm3"))
@@ -118,15 +141,27 @@ def main(settings: argparse.Namespace) -> int:
     size = {label: exponent(found[label], "bytes") for label in ("POST /", "/v1")}
     together = [{**run, "tokens": run["clients"]} for run in found["POST /, together"]]
     each = exponent(together, "cpu")
-    verdict = (f"An answer's cost grows as its length to the power of: CPU {cpu['POST /']:.2f} "
-               f"(/v1 {cpu['/v1']:.2f}), bytes {size['POST /']:.2f} (/v1 {size['/v1']:.2f}); "
-               f"its CPU time as the number of clients to the power of {each:.2f}.\n\n"
-               f"The first token after a history of {LONG:,} tokens comes within "
-               f"{1000 * first['known']:.0f} ms where the history is still in the cache, and "
-               f"{1000 * first['new']:.0f} ms where it is new.")
-    text = table(["", "clients", "tokens", "CPU ms/token", "ms/token", "bytes/answer",
-                  "bytes/token", "peak MiB"],
-                 [row(run, label) for label, runs in found.items() for run in runs])
+    verdict = (
+        f"An answer's cost grows as its length to the power of: CPU {cpu['POST /']:.2f} "
+        f"(/v1 {cpu['/v1']:.2f}), bytes {size['POST /']:.2f} (/v1 {size['/v1']:.2f}); "
+        f"its CPU time as the number of clients to the power of {each:.2f}.\n\n"
+        f"The first token after a history of {LONG:,} tokens comes within "
+        f"{1000 * first['known']:.0f} ms where the history is still in the cache, and "
+        f"{1000 * first['new']:.0f} ms where it is new."
+    )
+    text = table(
+        [
+            "",
+            "clients",
+            "tokens",
+            "CPU ms/token",
+            "ms/token",
+            "bytes/answer",
+            "bytes/token",
+            "peak MiB",
+        ],
+        [row(run, label) for label, runs in found.items() for run in runs],
+    )
     settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / "growth.md").write_text(f"{text}\n\n{verdict}\n", "utf-8")
     result = {**found, "first token": first}

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 HEALTH_PAUSE = 0.05  # seconds between an answer of GET /health and the next question
-PATIENCE = 600       # seconds for one answer: a server that hangs must not hang the benchmark
-SLOW_BUFFER = 4096   # bytes that the kernel keeps for a slow reader, or it would not seem slow
+PATIENCE = 600  # seconds for one answer: a server that hangs must not hang the benchmark
+SLOW_BUFFER = 4096  # bytes that the kernel keeps for a slow reader, or it would not seem slow
 
 
 @dataclass
@@ -116,8 +116,10 @@ class Events:
 
 
 def question(host: str, method: str, path: str, body: bytes = b"") -> bytes:
-    head = (f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     return head.encode() + body
 
 
@@ -132,9 +134,16 @@ async def connect(host: str, port: int, rate: float | None = None):
     return await asyncio.open_connection(sock=raw, limit=SLOW_BUFFER)
 
 
-async def ask(host: str, port: int, path: str, body: dict | bytes, style: str,
-              rate: float | None = None, hang_up_after: int | None = None,
-              patience: float = PATIENCE) -> Answer:
+async def ask(
+    host: str,
+    port: int,
+    path: str,
+    body: dict | bytes,
+    style: str,
+    rate: float | None = None,
+    hang_up_after: int | None = None,
+    patience: float = PATIENCE,
+) -> Answer:
     """One question and its answer. `rate`: bytes a second that are taken; `hang_up_after`: bytes
     after which the client goes away without a word; `patience`: seconds."""
     answer, wire = Answer(time.perf_counter()), Wire()
@@ -197,13 +206,15 @@ async def watch_health(plan: dict, latencies: list[float]) -> None:
 
 
 async def client(plan: dict, questions: list) -> list[Answer]:
-    return [await ask(plan["host"], plan["port"], path, body, plan["style"], plan.get("rate"))
-            for path, body in questions]
+    return [
+        await ask(plan["host"], plan["port"], path, body, plan["style"], plan.get("rate"))
+        for path, body in questions
+    ]
 
 
 async def carry_out(plan: dict) -> dict:
     latencies: list[float] = []
-    watcher = (asyncio.create_task(watch_health(plan, latencies)) if plan.get("health") else None)
+    watcher = asyncio.create_task(watch_health(plan, latencies)) if plan.get("health") else None
     begun, cpu = time.perf_counter(), time.process_time()
     answers = await asyncio.gather(*(client(plan, questions) for questions in plan["clients"]))
     wall = time.perf_counter() - begun
@@ -211,15 +222,25 @@ async def carry_out(plan: dict) -> dict:
     if watcher:
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
-    return {"wall_s": wall, "load_cpu_s": cpu, "health_s": latencies,
-            "answers": [asdict(answer) for each in answers for answer in each]}
+    return {
+        "wall_s": wall,
+        "load_cpu_s": cpu,
+        "health_s": latencies,
+        "answers": [asdict(answer) for each in answers for answer in each],
+    }
 
 
 def run_apart(plan: dict) -> dict:
     """`carry_out` in a process of its own, which costs neither the caller nor the server time."""
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-m", "bench.load"], input=json.dumps(plan),
-                          stdout=subprocess.PIPE, text=True, cwd=root, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.load"],
+        input=json.dumps(plan),
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        check=True,
+    )
     return json.loads(done.stdout)
 
 

@@ -23,8 +23,14 @@ COLUMNS = {
     "failed": ("failed", 1, 0),
 }
 # What is compared, and whether more is better.
-RATIOS = {"tokens_per_s": True, "first_median": False, "between_p95": False,
-          "health_p95": False, "cpu_per_token": False, "peak_memory": False}
+RATIOS = {
+    "tokens_per_s": True,
+    "first_median": False,
+    "between_p95": False,
+    "health_p95": False,
+    "cpu_per_token": False,
+    "peak_memory": False,
+}
 
 
 def shown(figure: float | None, factor: float, digits: int) -> str:
@@ -38,11 +44,20 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def figures_table(kind: str, medians: dict) -> str:
     """All figures of one kind of prompt, the contenders under each other."""
-    rows = [[name, str(clients), *(shown(got[figure], factor, digits)
-                                   for figure, (_, factor, digits) in COLUMNS.items())]
-            for (name, prompt, clients), got in sorted(
-                medians.items(), key=lambda item: (item[0][2], item[0][0] != OURS))
-            if prompt == kind]
+    rows = [
+        [
+            name,
+            str(clients),
+            *(
+                shown(got[figure], factor, digits)
+                for figure, (_, factor, digits) in COLUMNS.items()
+            ),
+        ]
+        for (name, prompt, clients), got in sorted(
+            medians.items(), key=lambda item: (item[0][2], item[0][0] != OURS)
+        )
+        if prompt == kind
+    ]
     return table(["", "clients", *(heading for heading, _, _ in COLUMNS.values())], rows)
 
 
@@ -64,48 +79,63 @@ def ratios_table(kind: str, medians: dict) -> str:
         for label, others in (("the textbook", [TEXTBOOK]), ("the best other", list(here))):
             cells = []
             for figure, more in RATIOS.items():
-                gains = [gain(ours[figure], here[name][figure], more)
-                         for name in others if name in here]
+                gains = [
+                    gain(ours[figure], here[name][figure], more) for name in others if name in here
+                ]
                 known = [value for value in gains if value is not None]
                 cells.append(f"{min(known):.2g}×" if known else "–")
             rows.append([f"{clients} clients, to {label}", *cells])
-    heads = [COLUMNS[figure][0].split(",")[0] + (", p95" if "p95" in figure else "")
-             for figure in ("tokens_per_s", "first_median")]
-    return table(["", *heads, "between tokens, p95", "GET /health, p95", "CPU/token", "memory"],
-                 rows)
+    heads = [
+        COLUMNS[figure][0].split(",")[0] + (", p95" if "p95" in figure else "")
+        for figure in ("tokens_per_s", "first_median")
+    ]
+    return table(
+        ["", *heads, "between tokens, p95", "GET /health, p95", "CPU/token", "memory"], rows
+    )
 
 
 def markdown(settled: dict, medians: dict) -> str:
     minutes = settled["seconds"] / 60
-    text = [f"""# The chat server beside others
+    text = [
+        f"""# The chat server beside others
 
-Measured {settled['when']} on {settled['cores']} cores ({settled['system']}, Python \
-{settled['python']}), all with the same weights: {settled['tokens']} tokens an answer, \
-medians over {settled['repeats']} repeats in turn, {minutes:.0f} minutes.
+Measured {settled["when"]} on {settled["cores"]} cores ({settled["system"]}, Python \
+{settled["python"]}), all with the same weights: {settled["tokens"]} tokens an answer, \
+medians over {settled["repeats"]} repeats in turn, {minutes:.0f} minutes.
 
 Clients all begin at once. A time between tokens is one between two arrivals of new text; this \
 server sends at most 25 of these a second. \
 `GET /health` is asked all the while. CPU and memory are the server process's. The load runs on \
-the same cores: it took what the column says, and takes {settled['load_ceiling']:,.0f} frames/s \
-when every frame is there already."""]
-    for kind, heading in (("short", "Short prompts"),
-                          ("long", f"Prompts of {settled['long_prompt']:,} tokens")):
+the same cores: it took what the column says, and takes {settled["load_ceiling"]:,.0f} frames/s \
+when every frame is there already."""
+    ]
+    for kind, heading in (
+        ("short", "Short prompts"),
+        ("long", f"Prompts of {settled['long_prompt']:,} tokens"),
+    ):
         if any(key[1] == kind for key in medians):
-            text += [f"## {heading}", figures_table(kind, medians),
-                     "How many times better this server is (under 1: worse):",
-                     ratios_table(kind, medians)]
+            text += [
+                f"## {heading}",
+                figures_table(kind, medians),
+                "How many times better this server is (under 1: worse):",
+                ratios_table(kind, medians),
+            ]
     return "\n\n".join(text) + "\n"
 
 
-PANELS = [("tokens_per_s", "output tokens/s", 1), ("first_median", "time to first token, s", 1),
-          ("between_p95", "between tokens (p95), ms", 1000),
-          ("health_p95", "GET /health (p95), ms", 1000)]
+PANELS = [
+    ("tokens_per_s", "output tokens/s", 1),
+    ("first_median", "time to first token, s", 1),
+    ("between_p95", "between tokens (p95), ms", 1000),
+    ("health_p95", "GET /health (p95), ms", 1000),
+]
 
 
 def chart(file: Path, settled: dict, medians: dict) -> bool:
     """Four panels over the number of clients, short prompts; False without matplotlib."""
     try:
         import matplotlib
+
         matplotlib.use("Agg")  # no window: benchmarks run where there is no screen
         from matplotlib import pyplot
     except ImportError:
@@ -114,11 +144,19 @@ def chart(file: Path, settled: dict, medians: dict) -> bool:
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(15, 3.8), layout="constrained")
     for axis, (wanted, heading, factor) in zip(axes, PANELS):
         for name in sorted(names, key=lambda name: name != OURS):
-            points = sorted((key[2], got[wanted] * factor) for key, got in medians.items()
-                            if key[:2] == (name, "short") and got[wanted])
+            points = sorted(
+                (key[2], got[wanted] * factor)
+                for key, got in medians.items()
+                if key[:2] == (name, "short") and got[wanted]
+            )
             if points:
-                axis.plot(*zip(*points), marker="o", label=name, zorder=3 if name == OURS else 2,
-                          linewidth=2.6 if name == OURS else 1.4)
+                axis.plot(
+                    *zip(*points),
+                    marker="o",
+                    label=name,
+                    zorder=3 if name == OURS else 2,
+                    linewidth=2.6 if name == OURS else 1.4,
+                )
         counts = sorted({key[2] for key in medians})
         axis.set(title=heading, xlabel="clients", xscale="log", yscale="log")
         axis.set_xticks(counts, counts)
@@ -126,8 +164,11 @@ def chart(file: Path, settled: dict, medians: dict) -> bool:
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"{settled['cores']} cores, the same weights, {settled['tokens']} tokens "
-                    "an answer (logarithmic scales)", fontsize=11)
+    figure.suptitle(
+        f"{settled['cores']} cores, the same weights, {settled['tokens']} tokens "
+        "an answer (logarithmic scales)",
+        fontsize=11,
+    )
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
     return True
@@ -136,10 +177,19 @@ def chart(file: Path, settled: dict, medians: dict) -> bool:
 def save(folder: Path, settled: dict, medians: dict, runs: dict) -> None:
     """compare.json, compare.md and compare.png; the tables are printed too."""
     folder.mkdir(parents=True, exist_ok=True)
-    cells = [{"contender": key[0], "prompt": key[1], "clients": key[2], "median": got,
-              "repeats": runs[key]} for key, got in medians.items()]
+    cells = [
+        {
+            "contender": key[0],
+            "prompt": key[1],
+            "clients": key[2],
+            "median": got,
+            "repeats": runs[key],
+        }
+        for key, got in medians.items()
+    ]
     (folder / "compare.json").write_text(
-        json.dumps({"settings": settled, "results": cells}, indent=1) + "\n", "utf-8")
+        json.dumps({"settings": settled, "results": cells}, indent=1) + "\n", "utf-8"
+    )
     text = markdown(settled, medians)
     (folder / "compare.md").write_text(text, "utf-8")
     print(text)

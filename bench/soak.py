@@ -16,21 +16,28 @@ from bench.contenders import Running, our_server, serving
 from bench.load import Answer, ask, connect, get, question
 from bench.report import MIB
 
-STUCK = 120        # seconds after which an answer counts as stuck; a good one takes a few
-SETTLE = 60        # seconds for the server to come to rest at the end
-SLOW_RATE = 1500   # bytes a second: an answer of some 50 frames then takes several seconds
+STUCK = 120  # seconds after which an answer counts as stuck; a good one takes a few
+SETTLE = 60  # seconds for the server to come to rest at the end
+SLOW_RATE = 1500  # bytes a second: an answer of some 50 frames then takes several seconds
 SETTLED_AFTER = 0.2  # share of the time after which memory is first looked at
-QUESTIONS = 24     # different ones
+QUESTIONS = 24  # different ones
 FAULTS = ("lost", "mixed up", "stuck", "wrongly refused")  # none of these may happen
 KINDS = {"good": 60, "slow": 10, "vanish": 15, "half": 5, "bad": 10}  # of 100 clients
 
 # path, body, status: what must be refused, and how
-BAD = [("/", b"{", 400), ("/", b"[]", 400), ("/", b'{"prompt": 5}', 400), ("/", b"\xff\xfe", 400),
-       ("/", b'{"prompt": "hi", "top_p": 7}', 400), ("/stream", b'{"prompt": " "}', 400),
-       ("/", b'{"prompt": "hi", "history": [[1]]}', 400), ("/nowhere", b"{}", 404),
-       ("/", b'{"prompt": "' + b"a" * 2**20 + b'"}', 413),
-       ("/", b'{"prompt": "hi", "max_length": 1}', 400),
-       ("/v1/chat/completions", b'{"messages": []}', 400)]
+BAD = [
+    ("/", b"{", 400),
+    ("/", b"[]", 400),
+    ("/", b'{"prompt": 5}', 400),
+    ("/", b"\xff\xfe", 400),
+    ("/", b'{"prompt": "hi", "top_p": 7}', 400),
+    ("/stream", b'{"prompt": " "}', 400),
+    ("/", b'{"prompt": "hi", "history": [[1]]}', 400),
+    ("/nowhere", b"{}", 404),
+    ("/", b'{"prompt": "' + b"a" * 2**20 + b'"}', 413),
+    ("/", b'{"prompt": "hi", "max_length": 1}', 400),
+    ("/v1/chat/completions", b'{"messages": []}', 400),
+]
 
 
 @dataclass
@@ -49,7 +56,7 @@ class Soak:
 
     server: Running
     questions: list[Question]
-    until: float                                    # time.monotonic() at which no more is asked
+    until: float  # time.monotonic() at which no more is asked
     dice: random.Random = field(default_factory=lambda: random.Random(0))
     counts: Counter = field(default_factory=Counter)
     samples: list[str] = field(default_factory=list)  # what went wrong, the first few
@@ -62,32 +69,67 @@ class Soak:
 
 def make_questions() -> list[Question]:
     """In each of the three formats, with and without turns before."""
-    asked = ["你好", "hello", "你是谁？", "What is streaming?", "什么是流式输出？", "谢谢", "再见",
-             "What can you do?"]
+    asked = [
+        "你好",
+        "hello",
+        "你是谁？",
+        "What is streaming?",
+        "什么是流式输出？",
+        "谢谢",
+        "再见",
+        "What can you do?",
+    ]
     turns = [[], [["你好", "你好！"]], [["Hi", "Hello!"], ["thanks", "You are welcome."]]]
     found = []
     for i in range(QUESTIONS):
         prompt, history = asked[i % len(asked)], turns[i // len(asked) % len(turns)]
         settings = {"temperature": 0, "stream": True}
         if i % 3 == 0:
-            found.append(Question("/", {"prompt": prompt, "history": history, "max_length": 400,
-                                        **settings}, "frames"))
+            found.append(
+                Question(
+                    "/",
+                    {"prompt": prompt, "history": history, "max_length": 400, **settings},
+                    "frames",
+                )
+            )
         elif i % 3 == 1:
-            found.append(Question("/stream", {"prompt": prompt, "history": history,
-                                              "max_length": 400, **settings}, "events"))
+            found.append(
+                Question(
+                    "/stream",
+                    {"prompt": prompt, "history": history, "max_length": 400, **settings},
+                    "events",
+                )
+            )
         else:
-            messages = [{"role": role, "content": text} for turn in history
-                        for role, text in zip(("user", "assistant"), turn)]
+            messages = [
+                {"role": role, "content": text}
+                for turn in history
+                for role, text in zip(("user", "assistant"), turn)
+            ]
             messages.append({"role": "user", "content": prompt})
-            found.append(Question("/v1/chat/completions", {
-                "messages": messages, "max_tokens": 300, **settings}, "events"))
+            found.append(
+                Question(
+                    "/v1/chat/completions",
+                    {"messages": messages, "max_tokens": 300, **settings},
+                    "events",
+                )
+            )
     return found
 
 
-async def put(soak: Soak, chosen: Question, rate: float | None = None,
-              hang_up_after: int | None = None) -> Answer:
-    return await ask(soak.server.host, soak.server.port, chosen.path, chosen.body, chosen.style,
-                     rate, hang_up_after, STUCK)
+async def put(
+    soak: Soak, chosen: Question, rate: float | None = None, hang_up_after: int | None = None
+) -> Answer:
+    return await ask(
+        soak.server.host,
+        soak.server.port,
+        chosen.path,
+        chosen.body,
+        chosen.style,
+        rate,
+        hang_up_after,
+        STUCK,
+    )
 
 
 async def good(soak: Soak, rate: float | None = None) -> None:
@@ -124,10 +166,15 @@ async def bad(soak: Soak) -> None:
 
 async def worker(soak: Soak) -> None:
     """One client after the other, each of a kind by the dice."""
-    acts = {"good": good, "slow": lambda soak: good(soak, SLOW_RATE), "vanish": vanish,
-            "half": half, "bad": bad}
+    acts = {
+        "good": good,
+        "slow": lambda soak: good(soak, SLOW_RATE),
+        "vanish": vanish,
+        "half": half,
+        "bad": bad,
+    }
     while time.monotonic() < soak.until:
-        kind, = soak.dice.choices(list(KINDS), KINDS.values())
+        (kind,) = soak.dice.choices(list(KINDS), KINDS.values())
         await acts[kind](soak)
         soak.counts[kind] += 1
 
@@ -175,8 +222,13 @@ def main(settings: argparse.Namespace) -> int:
         soak, state = asyncio.run(run(server, settings))
     counts = {kind: soak.counts[kind] for kind in (*KINDS, *FAULTS)}
     busy = state["health after"]["active"] + state["health after"]["waiting"]
-    result = {"minutes": settings.minutes, "clients": settings.clients, "counts": counts, **state,
-              "samples": soak.samples}
+    result = {
+        "minutes": settings.minutes,
+        "clients": settings.clients,
+        "counts": counts,
+        **state,
+        "samples": soak.samples,
+    }
     settings.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, ensure_ascii=False, indent=1)
     (settings.out / "soak.json").write_text(text + "\n", "utf-8")

@@ -19,7 +19,7 @@ from fastapi.responses import StreamingResponse
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 import chatglm
-from chatglm.chat import to_messages
+from chatglm.text.messages import to_messages
 
 app = FastAPI()
 
@@ -41,8 +41,9 @@ def stream_chat(model, tokenizer, prompt, history, max_length, top_p, temperatur
 
 
 async def process(prompt, history, max_length, top_p, temperature):
-    for response in stream_chat(app.state.model, app.state.tokenizer, prompt, history,
-                                max_length, top_p, temperature):
+    for response in stream_chat(
+        app.state.model, app.state.tokenizer, prompt, history, max_length, top_p, temperature
+    ):
         yield "<^>" + response
         await asyncio.sleep(0)
 
@@ -50,9 +51,16 @@ async def process(prompt, history, max_length, top_p, temperature):
 @app.post("/")
 async def chat(request: Request):
     data = await request.json()
-    return StreamingResponse(process(
-        data.get("prompt"), data.get("history") or [], data.get("max_length") or 2048,
-        data.get("top_p") or 0.7, data.get("temperature") or 0.95), media_type="text/plain")
+    return StreamingResponse(
+        process(
+            data.get("prompt"),
+            data.get("history") or [],
+            data.get("max_length") or 2048,
+            data.get("top_p") or 0.7,
+            data.get("temperature") or 0.95,
+        ),
+        media_type="text/plain",
+    )
 
 
 @app.get("/health")

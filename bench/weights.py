@@ -19,14 +19,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import GlmForCausalLM, PreTrainedTokenizerFast
 
 import chatglm
-from chatglm.files import TINY
-from chatglm.tokenizer import COMMON_SPECIALS, ROLE_SPECIALS, ChatGLMTokenizer
+from chatglm.checkpoint.files import TINY
+from chatglm.text.tokenizer import COMMON_SPECIALS, ROLE_SPECIALS, ChatGLMTokenizer
 
 CONTROLS = 3  # <unk>, <s> and </s>, the first pieces of the vocabulary
 # As ChatGLMTokenizer.encode_chat: the space stands for the one SentencePiece puts before a text.
-TEMPLATE = ("[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n "
-            "{{ message['content'] }}{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TEMPLATE = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n "
+    "{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def make(folder: Path) -> tuple[Path, Path]:
@@ -57,8 +59,11 @@ def publish(folder: Path) -> None:
     state = load_file(TINY / "model.safetensors")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     tied = config.get("tie_word_embeddings")
-    rows = state["transformer.embedding.word_embeddings.weight" if tied
-                 else "transformer.output_layer.weight"]
+    rows = state[
+        "transformer.embedding.word_embeddings.weight"
+        if tied
+        else "transformer.output_layer.weight"
+    ]
     words = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     never_stop(rows, words.vocab_size())
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -72,7 +77,8 @@ def convert(published: Path, native: Path) -> None:
     plain = GlmForCausalLM(config)  # without the table that would save under the published names
     plain.load_state_dict(model.state_dict())
     plain.generation_config.update(
-        do_sample=True, eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.stop_ids[0])
+        do_sample=True, eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.stop_ids[0]
+    )
     plain.save_pretrained(native)
     fast_tokenizer(tokenizer).save_pretrained(native)
 
@@ -83,19 +89,43 @@ def fast_tokenizer(tokenizer: ChatGLMTokenizer) -> PreTrainedTokenizerFast:
     pieces = [words.id_to_piece(i) for i in range(words.vocab_size())]
     places = {piece: i for i, piece in enumerate(pieces)}
     # The lower the id, the higher the score: the order in which SentencePiece joins.
-    merges = [(piece[:cut], piece[cut:]) for piece in pieces for cut in range(1, len(piece))
-              if piece[:cut] in places and piece[cut:] in places]
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in places and piece[cut:] in places
+    ]
     fast = Tokenizer(models.BPE(places, merges, unk_token="<unk>", byte_fallback=True))
     fast.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    fast.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-        decoders.Strip(" ", 1, 0)])
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    fast.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     specials = [name if name[0] in "[<" else f"<{name}>" for name in COMMON_SPECIALS]
-    fast.add_special_tokens([AddedToken(name, special=True, normalized=False)
-                             for name in specials + ROLE_SPECIALS])
-    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>", unk_token="<unk>",
-                                   chat_template=TEMPLATE)
+    fast.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in specials + ROLE_SPECIALS]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+
+
+def held_bytes(model) -> int:
+    """Memory that the weights of a loaded model take, with their scales."""
+    held = sum(p.nbytes for p in model.parameters())
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        tables = [getattr(p, "SCB", None)] + ([state.absmax] if state else [])
+        if state and state.nested:
+            tables.append(state.state2.absmax)
+        held += sum(table.nbytes for table in tables if table is not None)
+    return held
 
 
 if __name__ == "__main__":

@@ -4,13 +4,25 @@
     response, history = model.chat(tokenizer, "你好")
     engine = chatglm.Engine(tokenizer, model)                # for a server
 
-Reading order: glm.py, tokenizer.py, quantize.py, devices.py, device.py, files.py, checkpoint.py,
-tools.py, detokenizer.py, chat.py, sampler.py, attention.py, network.py, request.py, router.py,
-places.py, engine.py; bodies.py and completions.py: what requests may hold.
+Reading order: generate.py, sampling.py, text/messages.py, text/tokenizer.py, text/detokenizer.py,
+engine/engine.py, engine/sequence.py, engine/admission.py; then engine/batch.py, text/tools.py;
+then checkpoint/, hardware/, engine/cpu_attention.py, engine/cpu_glm.py and tiny/.
 """
 
-from chatglm.checkpoint import load
-from chatglm.engine import Engine
-from chatglm.request import Chunk, EngineError, QueueFull, Request
+from chatglm.checkpoint.load import load
+from chatglm.engine.engine import Engine
+from chatglm.engine.sequence import Chunk, Request
+from chatglm.errors import EngineError, InvalidField, PromptTooLong, QueueFull
+from chatglm.sampling import SamplingParams
 
-__all__ = ["Chunk", "Engine", "EngineError", "QueueFull", "Request", "load"]
+__all__ = [
+    "Chunk",
+    "Engine",
+    "EngineError",
+    "InvalidField",
+    "PromptTooLong",
+    "QueueFull",
+    "Request",
+    "SamplingParams",
+    "load",
+]

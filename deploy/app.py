@@ -20,8 +20,13 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 import api
 
 SCALING = {  # what Ray is told of replicas, in its own words; times in seconds
-    "min-replicas": 1, "max-replicas": 8, "target-ongoing-requests": 32,
-    "look-back-period-s": 30, "upscale-delay-s": 30, "downscale-delay-s": 600}
+    "min-replicas": 1,
+    "max-replicas": 8,
+    "target-ongoing-requests": 32,
+    "look-back-period-s": 30,
+    "upscale-delay-s": 30,
+    "downscale-delay-s": 600,
+}
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 CODE = {"working_dir": str(Path(api.__file__).parent)}  # every machine of the cluster gets it
 
@@ -40,25 +45,36 @@ class Replica:
 
 def deploy(arguments: dict[str, str]) -> serve.Application:
     """What `serve run` calls. Ends the process with a line for a flag that there is not."""
-    scaling = {name.replace("-", "_"): float(arguments.pop(name, default))
-               for name, default in SCALING.items()}
+    scaling = {
+        name.replace("-", "_"): float(arguments.pop(name, default))
+        for name, default in SCALING.items()
+    }
     cpus = float(arguments.pop("cpus-per-replica", 1))  # torch gets as many threads from Ray
-    settings = api.parse_settings([f"--{name}={value}" if name in api.FLAGS else f"--{name}"
-                                   for name, value in arguments.items()])
+    settings = api.parse_settings(
+        [
+            f"--{name}={value}" if name in api.FLAGS else f"--{name}"
+            for name, value in arguments.items()
+        ]
+    )
     if settings.model and os.path.isdir(settings.model):  # a replica runs in another folder
         settings.model = os.path.abspath(settings.model)
     if not ray.is_initialized():
         ray.init(runtime_env=CODE)
     serve.start(http_options={"host": settings.host, "port": settings.port})
     gpu = settings.device.startswith("cuda") or (
-        settings.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+        settings.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+    )
     # Ray lets more through than a replica takes: a full one refuses in each protocol's own words.
     most = 2 * (settings.max_concurrency + settings.max_waiting)
     return serve.deployment(
-        serve.ingress(lambda: api.app)(Replica), name="chatglm",
+        serve.ingress(lambda: api.app)(Replica),
+        name="chatglm",
         ray_actor_options={"num_cpus": cpus, "num_gpus": int(gpu)},
         autoscaling_config=AutoscalingConfig(**scaling),
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),
-        max_ongoing_requests=most, max_queued_requests=most,
+        max_ongoing_requests=most,
+        max_queued_requests=most,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=api.RETRY_AFTER),
-        graceful_shutdown_timeout_s=settings.timeout, health_check_period_s=5).bind(settings)
+        graceful_shutdown_timeout_s=settings.timeout,
+        health_check_period_s=5,
+    ).bind(settings)

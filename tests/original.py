@@ -4,6 +4,7 @@
 dict and a config as they lie in a published checkpoint. The tests hold it against the golden
 logits first, and then use it to judge shapes of which there is no golden data.
 """
+
 import functools
 import json
 import pathlib
@@ -98,12 +99,17 @@ def shapes(config):
     if not config["add_qkv_bias"]:
         del layer["self_attention.query_key_value.bias"]
     words = [config["padded_vocab_size"], hidden]
-    ends = {"transformer.embedding.word_embeddings.weight": words,
-            "transformer.encoder.final_layernorm.weight": [hidden]}
+    ends = {
+        "transformer.embedding.word_embeddings.weight": words,
+        "transformer.encoder.final_layernorm.weight": [hidden],
+    }
     if not config["tie_word_embeddings"]:
         ends["transformer.output_layer.weight"] = words
-    return ends | {f"transformer.encoder.layers.{number}.{name}": shape
-                   for number in range(config["num_layers"]) for name, shape in layer.items()}
+    return ends | {
+        f"transformer.encoder.layers.{number}.{name}": shape
+        for number in range(config["num_layers"])
+        for name, shape in layer.items()
+    }
 
 
 def random_state(config, seed=0):
@@ -148,19 +154,27 @@ def publish(folder, config, state, name="chatglm3", shards=1, ending="safetensor
     if shards == 1:
         plan = {f"{stem}.{ending}": list(state)}
     else:
-        plan = {f"{stem}-{part + 1:05}-of-{shards:05}.{ending}": list(state)[part::shards]
-                for part in range(shards)}
-        write_json(folder / f"{stem}.{ending}.index.json", {
-            "metadata": {"total_size": sum(t.numel() * t.itemsize for t in state.values())},
-            "weight_map": {key: file for file, keys in plan.items() for key in keys}})
+        plan = {
+            f"{stem}-{part + 1:05}-of-{shards:05}.{ending}": list(state)[part::shards]
+            for part in range(shards)
+        }
+        write_json(
+            folder / f"{stem}.{ending}.index.json",
+            {
+                "metadata": {"total_size": sum(t.numel() * t.itemsize for t in state.values())},
+                "weight_map": {key: file for file, keys in plan.items() for key in keys},
+            },
+        )
     for file, keys in plan.items():
         save = save_file if ending == "safetensors" else torch.save
         save({key: state[key] for key in keys}, str(folder / file))
     return [folder / file for file in plan]
 
 
-TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
-            "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 SPECIAL = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 
 
@@ -172,9 +186,15 @@ def byte_level():
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator(LINES, tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator(
+        LINES,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=SPECIAL,
+            show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return bpe
 
 
@@ -182,28 +202,49 @@ def byte_fallback():
     """Words as Llama 2 has them: characters, and bytes only for those that are not among them."""
     characters = sorted(set("".join(LINES)) - {" ", "\n"}) + ["▁"]
     words = SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)] + characters
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {word: place for place, word in enumerate(words)}, [], byte_fallback=True))
-    bpe.normalizer = tokenizers.normalizers.Sequence([
-        tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
-    bpe.decoder = tokenizers.decoders.Sequence([
-        tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(),
-        tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)])
+    bpe = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {word: place for place, word in enumerate(words)}, [], byte_fallback=True
+        )
+    )
+    bpe.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    bpe.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
     return bpe
 
 
 def native(folder, kind="Glm", template=TEMPLATE, words=byte_level):
     """A small checkpoint of transformers' own, random."""
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words(), eos_token=SPECIAL[0], pad_token=SPECIAL[0],
-        additional_special_tokens=SPECIAL[1:])
+        tokenizer_object=words(),
+        eos_token=SPECIAL[0],
+        pad_token=SPECIAL[0],
+        additional_special_tokens=SPECIAL[1:],
+    )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>"])
     config = getattr(transformers, kind + "Config")(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
-        bos_token_id=None, pad_token_id=ends[0], eos_token_id=ends)
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        pad_token_id=ends[0],
+        eos_token_id=ends,
+    )
     torch.manual_seed(0)
     model = getattr(transformers, kind + "ForCausalLM")(config)
     model.generation_config.eos_token_id = ends

@@ -12,8 +12,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def bench(*arguments):
-    done = subprocess.run([sys.executable, "-m", "bench", *map(str, arguments)], cwd=ROOT,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout
 
 

@@ -22,9 +22,13 @@ import pytest
 
 from test_api import COUNT, ask, busy, started, until
 
-CHROMIUM, DRIVER = (next(filter(None, map(shutil.which, names)), None) for names in
-                    [("chromium", "chromium-browser", "google-chrome"),
-                     ("chromedriver", "chromium.chromedriver")])
+CHROMIUM, DRIVER = (
+    next(filter(None, map(shutil.which, names)), None)
+    for names in [
+        ("chromium", "chromium-browser", "google-chrome"),
+        ("chromedriver", "chromium.chromedriver"),
+    ]
+)
 CI = "CI" in os.environ  # there, nothing may be missing unnoticed
 if not CI:
     pytest.importorskip("selenium")
@@ -37,8 +41,16 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.expected_conditions import alert_is_present  # noqa: E402
 
 PAGE = Path(__file__).parent.parent / "web" / "page.html"
-FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 EXAMPLE, KEY = "Give me an example", "open-sesame"
 HTML = "<img src=x onerror='window.hacked = true'><script>window.hacked = true</script>"
 PACKAGE = "@microsoft/fetch-event-source@2.0.1"
@@ -97,6 +109,7 @@ def serving(handler):
 
 def peer(*events):
     """The page, from a server whose every answer is these events, byte by byte."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.reply("text/html", [PAGE.read_bytes()])
@@ -112,6 +125,7 @@ def peer(*events):
             self.end_headers()
             for piece in pieces:
                 self.wfile.write(piece)
+
     return serving(Handler)
 
 
@@ -122,8 +136,9 @@ def event(text):
 def posted(page):
     """The bodies the page has posted since this was last asked, as they left the browser."""
     log = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    requests = [one["params"]["request"] for one in log
-                if one["method"] == "Network.requestWillBeSent"]
+    requests = [
+        one["params"]["request"] for one in log if one["method"] == "Network.requestWillBeSent"
+    ]
     return [json.loads(one["postData"]) for one in requests if one["method"] == "POST"]
 
 
@@ -136,8 +151,10 @@ def say(page, text, *then):
 
 
 def said(page, kind="assistant"):
-    return page.execute_script("return [...document.querySelectorAll('#talk .' + arguments[0])]"
-                               ".map(p => p.textContent)", kind)
+    return page.execute_script(
+        "return [...document.querySelectorAll('#talk .' + arguments[0])].map(p => p.textContent)",
+        kind,
+    )
 
 
 def answering(page):
@@ -172,8 +189,12 @@ def key_typed(page, key):
 def listened(page, ended):
     """All that came until the end, and how much of it was there whenever one looked."""
     counts = set()
-    until(lambda: counts.add(page.execute_script("return heard.length"))
-          or page.execute_script("return " + ended))
+    until(
+        lambda: (
+            counts.add(page.execute_script("return heard.length"))
+            or page.execute_script("return " + ended)
+        )
+    )
     return page.execute_script("return heard"), counts
 
 
@@ -190,8 +211,11 @@ def test_an_answer_is_seen_to_grow_until_it_is_whole(page):
     assert said(page, "user") == [COUNT] and not said(page, "note")
 
 
-@pytest.mark.parametrize("stop", [lambda page: element(page, "stop").click(),
-                                  lambda page: press(page, Keys.ESCAPE)], ids=["button", "escape"])
+@pytest.mark.parametrize(
+    "stop",
+    [lambda page: element(page, "stop").click(), lambda page: press(page, Keys.ESCAPE)],
+    ids=["button", "escape"],
+)
 def test_a_stop_ends_the_answer_here_and_there_and_keeps_its_words(page, server, stop):
     say(page, COUNT)
     start = words(page)
@@ -279,8 +303,9 @@ def test_shift_and_enter_break_the_line(page):
 
 
 def test_the_enter_that_ends_an_input_methods_choice_sends_nothing(page):
-    page.execute_cdp_cmd("Input.imeSetComposition",
-                         {"text": "ni hao", "selectionStart": 6, "selectionEnd": 6})
+    page.execute_cdp_cmd(
+        "Input.imeSetComposition", {"text": "ni hao", "selectionStart": 6, "selectionEnd": 6}
+    )
     press(page, Keys.ENTER)
     page.execute_cdp_cmd("Input.insertText", {"text": "你好"})
     # A real input method keeps its Enter; this one also breaks the line.
@@ -303,9 +328,13 @@ def test_html_that_a_model_writes_is_shown_as_text_and_runs_nothing(driver):
         assert driver.execute_script("return window.hacked") is None
 
 
-@pytest.mark.parametrize("end, told", [
-    ([], "connection broke off"),
-    (['event: error\ndata: {"detail": "memory is full"}'], "memory is full")])
+@pytest.mark.parametrize(
+    "end, told",
+    [
+        ([], "connection broke off"),
+        (['event: error\ndata: {"detail": "memory is full"}'], "memory is full"),
+    ],
+)
 def test_half_an_answer_does_not_look_whole(driver, end, told):
     with peer(event("half"), *end) as url:
         driver.get(url)
@@ -333,19 +362,26 @@ def test_the_keyboard_alone_is_enough(page):
 
 
 def test_nothing_overflows_a_narrow_screen(page):
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": False})
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": False},
+    )
     answer(page, "https://example.com/" + "long" * 30)
     assert page.execute_script("return innerWidth") == 360
-    assert page.execute_script("""return [...document.querySelectorAll("*")].filter(one =>
+    assert (
+        page.execute_script("""return [...document.querySelectorAll("*")].filter(one =>
         one.getBoundingClientRect().right > 360 || one.getBoundingClientRect().left < 0
-        || one.scrollWidth > one.offsetWidth).map(one => one.outerHTML)""") == []
+        || one.scrollWidth > one.offsetWidth).map(one => one.outerHTML)""")
+        == []
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_either_scheme_has_its_background_and_legible_text(page, scheme):
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {
-        "features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+    )
     say(page, COUNT)
     words(page)
     press(page, Keys.ESCAPE)
@@ -408,8 +444,9 @@ def test_a_key_that_no_header_can_carry_is_asked_for_again(locked):
 
 def test_the_page_asks_nobody_but_its_own_server(page, server):
     answer(page, "Hello")
-    asked = page.execute_script("return performance.getEntries().filter(one => one.initiatorType)"
-                                ".map(one => one.name)")
+    asked = page.execute_script(
+        "return performance.getEntries().filter(one => one.initiatorType).map(one => one.name)"
+    )
     assert server.url + "/stream" in asked
     assert all(name.startswith((server.url + "/", "data:")) for name in asked)
 
@@ -432,17 +469,21 @@ def test_a_server_that_is_gone_is_told(driver):
 
 
 def test_a_bare_eventsource_hears_the_answer_grow_and_asks_no_more_after_its_end(page):
-    page.execute_script("""window.heard = [];
+    page.execute_script(
+        """window.heard = [];
         window.source = new EventSource("stream?" + new URLSearchParams({prompt: arguments[0]}));
-        source.onmessage = event => heard.push(event.data);""", COUNT)
+        source.onmessage = event => heard.push(event.data);""",
+        COUNT,
+    )
     heard, counts = listened(page, "source.readyState === EventSource.CLOSED")
     assert heard.index("[DONE]") == len(heard) - 1
     assert len(counts - {0, len(heard)}) >= 2
     texts = [json.loads(data) for data in heard[:-1]]
     assert all(one["text"] for one in texts) and len({one["message_id"] for one in texts}) == 1
-    assert page.execute_script("return performance.getEntriesByType('resource').filter(one =>"
-                               " one.name.includes('/stream?')).map(one => one.responseStatus)"
-                               ) == [200, 0]  # so it shows the 204, after which there is no third
+    assert page.execute_script(
+        "return performance.getEntriesByType('resource').filter(one =>"
+        " one.name.includes('/stream?')).map(one => one.responseStatus)"
+    ) == [200, 0]  # so it shows the 204, after which there is no third
 
 
 @pytest.fixture(scope="module")
@@ -451,8 +492,14 @@ def package(tmp_path_factory):
     folder, npm = tmp_path_factory.mktemp("package"), shutil.which("npm")
     if not npm and not CI:
         pytest.skip("there is no npm here")
-    packed = subprocess.run([npm, "pack", "--silent", PACKAGE], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, check=True, timeout=120).stdout
+    packed = subprocess.run(
+        [npm, "pack", "--silent", PACKAGE],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=120,
+    ).stdout
     shutil.unpack_archive(folder / packed.strip(), folder)
     modules = folder / "package" / "lib" / "esm"
     (modules / "index.html").write_bytes(FOREIGN)
@@ -460,17 +507,22 @@ def package(tmp_path_factory):
 
 
 def test_fetch_event_source_on_a_foreign_page_shows_the_answer_grow_to_its_end(driver, package):
-    with (serving(partial(SimpleHTTPRequestHandler, directory=package)) as site,
-          started("api.py", "--cors-origin", site) as server):
+    with (
+        serving(partial(SimpleHTTPRequestHandler, directory=package)) as site,
+        started("api.py", "--cors-origin", site) as server,
+    ):
         driver.get(site)
         until(lambda: driver.execute_script("return 'source' in window"))
-        driver.execute_script("""window.heard = [];
+        driver.execute_script(
+            """window.heard = [];
             source.fetchEventSource(arguments[0] + "/stream", {
                 method: "POST", headers: {"Content-Type": "application/json"},
                 body: JSON.stringify({prompt: arguments[1]}), openWhenHidden: true,
                 onmessage: event => heard.push(event.data), onclose: () => heard.push("closed"),
                 onerror: error => { heard.push("" + error, "closed"); throw error; }})""",
-                              server.url, COUNT)
+            server.url,
+            COUNT,
+        )
         heard, counts = listened(driver, "heard.at(-1) === 'closed'")
     assert heard[-2:] == ["[DONE]", "closed"] and "".join(heard).count("[DONE]") == 1
     assert all(json.loads(data)["text"] for data in heard[:-2])

@@ -1,4 +1,5 @@
 """Loading checkpoints: the network is the published one, and what cannot be loaded is refused."""
+
 import base64
 import json
 import logging
@@ -14,15 +15,28 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import chatglm
-from chatglm.chat import to_messages
-from tests.original import (GOLDEN, golden, golden_config, golden_state, logits, native, publish,
-                            random_state, shapes, write_json)
+from chatglm.text.messages import to_messages
+from tests.original import (
+    GOLDEN,
+    golden,
+    golden_config,
+    golden_state,
+    logits,
+    native,
+    publish,
+    random_state,
+    shapes,
+    write_json,
+)
 
 NAMES = ["chatglm2", "chatglm3"]
-CHATS = [(name, number) for name, count in (("chatglm2", 4), ("chatglm3", 5))
-         for number in range(count)]
-LFS = ("version https://git-lfs.github.com/spec/v1\n"
-       f"oid sha256:{'0123456789abcdef' * 4}\nsize 1980372312\n")
+CHATS = [
+    (name, number) for name, count in (("chatglm2", 4), ("chatglm3", 5)) for number in range(count)
+]
+LFS = (
+    "version https://git-lfs.github.com/spec/v1\n"
+    f"oid sha256:{'0123456789abcdef' * 4}\nsize 1980372312\n"
+)
 
 
 @pytest.fixture
@@ -34,11 +48,13 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def copy_of(folder):
     """A golden checkpoint in a folder of its own, with changes to its config."""
+
     def make(name="chatglm3", remove=(), **changes):
         shutil.copytree(GOLDEN / name, folder, dirs_exist_ok=True)
         config = golden_config(name, **changes)
         write_json(folder / "config.json", {k: v for k, v in config.items() if k not in remove})
         return folder
+
     return make
 
 
@@ -71,6 +87,7 @@ def same_as_published(config, state, folder, **options):
 
 # Golden data
 
+
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_the_published_implementation(name):
     expected = load_file(GOLDEN / name / "expected_logits.safetensors")
@@ -94,9 +111,15 @@ def test_greedy_continuations_are_those_of_the_published_implementation(name, nu
     chat = expected["chats"][number]
     ids = torch.tensor([chat["input_ids"]])
     # min_new_tokens keeps the end token from being chosen; it is in none of the continuations
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                          min_new_tokens=24, max_new_tokens=24, pad_token_id=0)
-    assert made[0, ids.shape[1]:].tolist() == chat["greedy_next_24"]
+    made = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        min_new_tokens=24,
+        max_new_tokens=24,
+        pad_token_id=0,
+    )
+    assert made[0, ids.shape[1] :].tolist() == chat["greedy_next_24"]
 
 
 @pytest.mark.parametrize("name, number", [chat for chat in CHATS if chat != ("chatglm3", 3)])
@@ -104,8 +127,13 @@ def test_a_greedy_chat_is_the_published_continuation(name, number):
     # but for the one chat in which the published model chose ids that stand for nothing
     tokenizer, model, expected = golden(name)
     chat = expected["chats"][number]
-    response, _ = model.chat(tokenizer, chat["query"], chat["history"], temperature=0,
-                             max_length=len(chat["input_ids"]) + 24)
+    response, _ = model.chat(
+        tokenizer,
+        chat["query"],
+        chat["history"],
+        temperature=0,
+        max_length=len(chat["input_ids"]) + 24,
+    )
     assert response.strip() == chat["greedy_text"].strip()
 
 
@@ -154,21 +182,27 @@ def test_transformers_own_glm_does_not_come_to_know_the_published_names(folder):
     native(folder, "Glm")
     save_file(golden_state(), folder / "model.safetensors")
     _, report = transformers.GlmForCausalLM.from_pretrained(
-        folder, output_loading_info=True, ignore_mismatched_sizes=True)
+        folder, output_loading_info=True, ignore_mismatched_sizes=True
+    )
     assert any("encoder.layers" in name for name in report["unexpected_keys"])
 
 
 # Other shapes
 
 SHAPES = {
-    "golden": {}, "one group": {"multi_query_group_num": 1},
+    "golden": {},
+    "one group": {"multi_query_group_num": 1},
     "as many groups as heads": {"multi_query_group_num": 4},
-    "heads of 8": {"kv_channels": 8}, "heads of 20": {"kv_channels": 20},
+    "heads of 8": {"kv_channels": 8},
+    "heads of 20": {"kv_channels": 20},
     "heads of 10": {"kv_channels": 10},
     "five heads": {"num_attention_heads": 5, "multi_query_group_num": 1, "kv_channels": 12},
-    "coarse epsilon": {"layernorm_epsilon": 1e-3}, "long context": {"rope_ratio": 50},
-    "no bias": {"add_qkv_bias": False}, "tied": {"tie_word_embeddings": True},
-    "one layer": {"num_layers": 1}, "twelve layers": {"num_layers": 12},
+    "coarse epsilon": {"layernorm_epsilon": 1e-3},
+    "long context": {"rope_ratio": 50},
+    "no bias": {"add_qkv_bias": False},
+    "tied": {"tie_word_embeddings": True},
+    "one layer": {"num_layers": 1},
+    "twelve layers": {"num_layers": 12},
     "many words": {"padded_vocab_size": 1000},
     "uneven": {"hidden_size": 40, "ffn_hidden_size": 52},
 }
@@ -186,8 +220,9 @@ def test_other_shapes_are_computed_as_published(folder, changes):
 def test_the_reference_tells_these_apart(name):
     """The shapes stay as they are here, so the test above might pass without the change."""
     state, input_ids = random_state(golden_config()), torch.randint(768, (2, 29))
-    plain, changed = (logits(golden_config(**SHAPES[which]), state, input_ids)
-                      for which in ("golden", name))
+    plain, changed = (
+        logits(golden_config(**SHAPES[which]), state, input_ids) for which in ("golden", name)
+    )
     assert (plain - changed).abs().max() > 1e-2 * plain.abs().max()
 
 
@@ -202,8 +237,12 @@ def test_chatglm2_with_a_long_context_is_computed_as_published_or_refused(folder
         assert "rope_ratio" in str(refusal)
 
 
-FILES = {"one": (1, "safetensors"), "shards": (3, "safetensors"), "bin shards": (2, "bin"),
-         "one bin": (1, "bin")}
+FILES = {
+    "one": (1, "safetensors"),
+    "shards": (3, "safetensors"),
+    "bin shards": (2, "bin"),
+    "one bin": (1, "bin"),
+}
 
 
 @pytest.mark.parametrize("inv_freq", [True, False])
@@ -239,15 +278,24 @@ def test_a_half_precision_checkpoint_chats_when_nothing_is_asked_for(folder):
 
 
 def test_a_config_saved_by_a_fine_tuning_means_the_same(copy_of):
-    folder = copy_of(quantization_bit=0, pre_seq_len=None, prefix_projection=False,
-                     classifier_dropout=None, vocab_size=768, rope_ratio=1)
+    folder = copy_of(
+        quantization_bit=0,
+        pre_seq_len=None,
+        prefix_projection=False,
+        classifier_dropout=None,
+        vocab_size=768,
+        rope_ratio=1,
+    )
     assert same_as_published(golden_config(), golden_state(), folder)
 
 
 # A config may ask for another network; to compute the usual one instead would be gibberish.
 OTHER_NETWORKS = {
-    "rmsnorm": False, "post_layer_norm": False, "add_bias_linear": True,
-    "apply_residual_connection_post_layernorm": True, "multi_query_attention": False,
+    "rmsnorm": False,
+    "post_layer_norm": False,
+    "add_bias_linear": True,
+    "apply_residual_connection_post_layernorm": True,
+    "multi_query_attention": False,
     "pre_seq_len": 128,
 }
 
@@ -263,8 +311,10 @@ NAMELESS = {"_name_or_path": ""}
 
 
 def nameless(folder, tokenizer_config=None):
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "ChatGLMTokenizer"} | (
-        tokenizer_config or {}))
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "ChatGLMTokenizer"} | (tokenizer_config or {}),
+    )
     return folder
 
 
@@ -282,15 +332,15 @@ def test_the_chat_format_is_told_by_the_name_in_the_tokenizer_config(copy_of, na
 
 
 CODE = {
-    "chatglm2": '''
+    "chatglm2": """
 class ChatGLMTokenizer(PreTrainedTokenizer):
     def build_prompt(self, query, history=None):
         prompt = ""
         for i, (old_query, response) in enumerate(history or []):
             prompt += "[Round {}]\\n\\n问：{}\\n\\n答：{}\\n\\n".format(i + 1, old_query, response)
         return prompt
-''',
-    "chatglm3": '''
+""",
+    "chatglm3": """
 class SPTokenizer:
     def __init__(self, model_path):
         role_special_tokens = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
@@ -300,13 +350,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def build_single_message(self, role, metadata, message):
         assert role in ["system", "user", "assistant", "observation"], role
         role_tokens = [self.get_command(f"<|{role}|>")] + self.tokenizer.encode(f"{metadata}\\n")
-'''}
+""",
+}
 
 
 @pytest.mark.parametrize("name", ["chatglm2", "chatglm3"])
 def test_the_chat_format_is_told_by_code_that_is_never_run(copy_of, name):
-    folder = nameless(copy_of(remove=NAMELESS), {"auto_map": {
-        "AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}})
+    folder = nameless(
+        copy_of(remove=NAMELESS),
+        {"auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}},
+    )
     for part in ("tokenization", "modeling", "configuration"):
         code = CODE[name] if part == "tokenization" else ""
         (folder / f"{part}_chatglm.py").write_text("raise SystemExit('run')\n" + code, "utf-8")
@@ -334,8 +387,9 @@ def test_an_unknown_chat_format_is_refused():
 
 # Refusals: files
 
+
 def cut(path, share):
-    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
 def test_a_path_that_does_not_exist_is_refused(folder):
@@ -444,8 +498,19 @@ def test_a_tokenizer_config_that_is_no_json_object_is_named(copy_of, text):
 
 # Refusals: what is in the files
 
-@pytest.mark.parametrize("field", ["model_type", "num_layers", "hidden_size", "ffn_hidden_size",
-                                   "num_attention_heads", "kv_channels", "padded_vocab_size"])
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "model_type",
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "kv_channels",
+        "padded_vocab_size",
+    ],
+)
 def test_a_config_without_a_field_is_refused(copy_of, field):
     refused(copy_of(remove=[field]), field)
 
@@ -467,12 +532,25 @@ def test_an_unknown_model_type_is_named(copy_of):
 
 
 def test_the_first_chatglm_is_recognised(folder):
-    write_json(folder / "config.json", {
-        "_name_or_path": "THUDM/chatglm-6b", "architectures": ["ChatGLMModel"],
-        "model_type": "chatglm", "bos_token_id": 130004, "eos_token_id": 130005,
-        "hidden_size": 4096, "inner_hidden_size": 16384, "layernorm_epsilon": 1e-05,
-        "max_sequence_length": 2048, "num_attention_heads": 32, "num_layers": 28,
-        "position_encoding_2d": True, "torch_dtype": "float16", "vocab_size": 130528})
+    write_json(
+        folder / "config.json",
+        {
+            "_name_or_path": "THUDM/chatglm-6b",
+            "architectures": ["ChatGLMModel"],
+            "model_type": "chatglm",
+            "bos_token_id": 130004,
+            "eos_token_id": 130005,
+            "hidden_size": 4096,
+            "inner_hidden_size": 16384,
+            "layernorm_epsilon": 1e-05,
+            "max_sequence_length": 2048,
+            "num_attention_heads": 32,
+            "num_layers": 28,
+            "position_encoding_2d": True,
+            "torch_dtype": "float16",
+            "vocab_size": 130528,
+        },
+    )
     (folder / "ice_text.model").write_bytes(b"x")
     refused(folder, "ChatGLM-6B|first", "ChatGLM2", "ChatGLM3")
 
@@ -482,17 +560,30 @@ def test_a_quantised_checkpoint_is_recognised(copy_of, bits):
     refused(copy_of(quantization_bit=bits, _name_or_path="THUDM/chatglm2-6b-int4"), "quanti[sz]")
 
 
-@pytest.mark.parametrize("more", [{}, {
-    "added_tokens_decoder": {"151336": {"content": "<|user|>", "special": True}},
-    "chat_template": "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>{% endfor %}"}],
-    ids=["bare", "full"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {
+            "added_tokens_decoder": {"151336": {"content": "<|user|>", "special": True}},
+            "chat_template": "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>{% endfor %}",
+        },
+    ],
+    ids=["bare", "full"],
+)
 def test_glm4_with_code_of_its_own_is_pointed_to_the_form_that_loads(copy_of, more):
     folder = copy_of(_name_or_path="THUDM/glm-4-9b-chat")
     lines = [base64.b64encode(bytes([rank])) + b" %d\n" % rank for rank in range(256)]
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
-    write_json(folder / "tokenizer_config.json", {
-        "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]},
-        "tokenizer_class": "ChatGLM4Tokenizer", "eos_token": "<|endoftext|>"} | more)
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]},
+            "tokenizer_class": "ChatGLM4Tokenizer",
+            "eos_token": "<|endoftext|>",
+        }
+        | more,
+    )
     refused(folder, "GLM-?4", "-hf")
 
 
@@ -511,18 +602,30 @@ def test_a_tensor_of_another_shape_is_named(copy_of):
     refused(folder, r"layers\.1\.mlp\.(dense_4h_to_h|down_proj)", "97", "96")
 
 
-@pytest.mark.parametrize("changes", [
-    {"hidden_size": 128}, {"ffn_hidden_size": 95}, {"padded_vocab_size": 769},
-    {"multi_query_group_num": 1}, {"multi_query_group_num": 4}, {"kv_channels": 8},
-    {"num_attention_heads": 8}, {"add_qkv_bias": False}, {"num_layers": 4}, {"num_layers": 2},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 128},
+        {"ffn_hidden_size": 95},
+        {"padded_vocab_size": 769},
+        {"multi_query_group_num": 1},
+        {"multi_query_group_num": 4},
+        {"kv_channels": 8},
+        {"num_attention_heads": 8},
+        {"add_qkv_bias": False},
+        {"num_layers": 4},
+        {"num_layers": 2},
+    ],
+    ids=str,
+)
 def test_weights_of_another_network_than_the_config_says_are_refused(copy_of, changes):
     folder = copy_of(**changes)
     refused(folder, "shape|size|missing|lacks|tensor|config.json|" + next(iter(changes)))
 
 
-@pytest.mark.parametrize("changes", [{"kv_channels": 8}, {"num_layers": 4}, {"hidden_size": 128}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"kv_channels": 8}, {"num_layers": 4}, {"hidden_size": 128}], ids=str
+)
 def test_a_refusal_says_all_there_is_to_say(copy_of, changes):
     """Whoever starts a server with it is to read one line, not a library's report."""
     said, handler = [], logging.Handler()
@@ -546,10 +649,17 @@ def test_a_missing_tensor_is_refused(folder, name, ending):
 
 # Refusals: this machine
 
+
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
 def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(folder, ending):
-    config = golden_config(num_layers=200, hidden_size=65536, ffn_hidden_size=250000,
-                           num_attention_heads=512, kv_channels=128, padded_vocab_size=65024)
+    config = golden_config(
+        num_layers=200,
+        hidden_size=65536,
+        ffn_hidden_size=250000,
+        num_attention_heads=512,
+        kv_channels=128,
+        padded_vocab_size=65024,
+    )
     publish(folder, config, golden_state(), ending=ending)
     message = refused(folder, "needs?|takes?", "free|available")
     assert len(re.findall(r"\d[\d.,]* ?[KMGT]i?B", message)) >= 2, message
@@ -573,12 +683,19 @@ def test_a_gpu_that_is_not_there_is_refused(device):
 
 # What loading takes
 
+
 def run_python(code, *arguments):
     """In a process of its own, without the switches that would keep it off the network."""
     env = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")}
     env["OMP_NUM_THREADS"] = "1"  # see original.py
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=env, text=True,
-                          capture_output=True, timeout=120, cwd=GOLDEN.parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        cwd=GOLDEN.parent.parent,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -640,8 +757,9 @@ for path in sys.argv[2:]:
 @pytest.fixture
 def large(folder):
     """A state of some 300 MB and its config; every layer has the same weights, to save time."""
-    config = golden_config(num_layers=6, hidden_size=1024, ffn_hidden_size=3300,
-                           num_attention_heads=16, kv_channels=64)
+    config = golden_config(
+        num_layers=6, hidden_size=1024, ffn_hidden_size=3300, num_attention_heads=16, kv_channels=64
+    )
     layer = random_state(config | {"num_layers": 1})
     yield config, {name: layer[re.sub(r"layers\.\d", "layers.0", name)] for name in shapes(config)}
     shutil.rmtree(folder)  # pytest keeps what tests leave, three runs of it
@@ -651,9 +769,16 @@ def large(folder):
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
 def test_loading_takes_the_weights_and_one_shard(folder, large, ending):
     config, state = large
-    files = {dtype: publish(folder / str(dtype), config, {
-        name: tensor.to(dtype, copy=True) for name, tensor in state.items()},
-        shards=6, ending=ending) for dtype in (torch.float32, torch.float16)}
+    files = {
+        dtype: publish(
+            folder / str(dtype),
+            config,
+            {name: tensor.to(dtype, copy=True) for name, tensor in state.items()},
+            shards=6,
+            ending=ending,
+        )
+        for dtype in (torch.float32, torch.float16)
+    }
     out = run_python(MEMORY, GOLDEN / "chatglm3", *(folder / str(dtype) for dtype in files))
     for line, (dtype, shards) in zip(out.splitlines(), files.items(), strict=True):
         own, resident, weights = map(int, line.split())

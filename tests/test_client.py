@@ -27,12 +27,25 @@ ROWS = [f"{number:03}" for number in range(70)]  # about three screens
 OWN = re.compile("LC_|LINES$|COLUMNS$|NO_COLOR$|FORCE_COLOR$|TTY_|PYTHON|.*_proxy$", re.I)
 ENV = {name: value for name, value in os.environ.items() if not OWN.match(name)}
 ENV |= {"LANG": "C.UTF-8", "TERM": "xterm-256color"}
-TRICKY = ["你好，世界！", "一枚火箭 🚀 和 👩‍🚀", "a < b <", "<^", "<^>", "<^><^>好<^\u200b>", "<<^<^>>^>",
-          "", "<^\u200b", "1 <^> 2 <^\u200b\u200b> 3"]
-HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\n"
-        b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
-in_a_terminal = pytest.mark.skipif(not hasattr(pexpect, "spawn") and "CI" not in os.environ,
-                                   reason="there are no ptys here")
+TRICKY = [
+    "你好，世界！",
+    "一枚火箭 🚀 和 👩‍🚀",
+    "a < b <",
+    "<^",
+    "<^>",
+    "<^><^>好<^\u200b>",
+    "<<^<^>>^>",
+    "",
+    "<^\u200b",
+    "1 <^> 2 <^\u200b\u200b> 3",
+]
+HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\n"
+    b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+)
+in_a_terminal = pytest.mark.skipif(
+    not hasattr(pexpect, "spawn") and "CI" not in os.environ, reason="there are no ptys here"
+)
 
 
 def until(condition):
@@ -44,6 +57,7 @@ def until(condition):
 
 # --- A peer that speaks the wire format: its scripts yield bytes to send ------------------------
 
+
 def frame(text):
     return ("<^>" + re.sub("<\\^(\u200b*)>", "<^\\1\u200b>", text)).encode()
 
@@ -54,12 +68,14 @@ def growing(text, step=1):
 
 def streaming(*chunks, end=b"0\r\n\r\n", pace=0.0):
     """A 200 and these chunks. The `end` b"" breaks off; None waits for the reader to hang up."""
+
     def script(body):
         yield HEAD
         for chunk in chunks:
             yield b"%x\r\n%b\r\n" % (len(chunk), chunk)
             time.sleep(pace)  # a model takes its time
         yield end
+
     return script
 
 
@@ -75,12 +91,14 @@ def refusing(status, content):
 
 def never_ending(url):
     """The real server's answer, made endless by a wish that the client has no flag for."""
+
     def script(body):
         body |= {"repetition_penalty": 0.5, "temperature": 0, "max_length": 8192}
         with requests.post(url, json=body, stream=True, timeout=LIMIT) as response:
             yield HEAD
             for chunk in response.iter_content(None):
                 yield b"%x\r\n%b\r\n" % (len(chunk), chunk)
+
     return script
 
 
@@ -91,7 +109,7 @@ class Peer:
         self.scripts, self.bodies, self.headers = scripts, [], []
         self.hung_up = threading.Event()
         self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self.serve, daemon=True).start()
 
     def serve(self):
@@ -122,8 +140,13 @@ class Peer:
 
 @pytest.fixture(scope="module")
 def server():
-    with subprocess.Popen([sys.executable, "api.py", "--port", "0"], cwd=ROOT, env=ENV,
-                          stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "api.py", "--port", "0"],
+        cwd=ROOT,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         try:
             yield re.match("Listening on (.*)", process.stdout.readline())[1]
         finally:
@@ -136,11 +159,18 @@ def said(url, prompt, history=()):
 
 
 def run(url, *arguments, stdin=b"", **env):
-    return subprocess.run([sys.executable, "client.py", "--url", url, *arguments], cwd=ROOT,
-                          env=ENV | env, input=stdin, capture_output=True, timeout=LIMIT)
+    return subprocess.run(
+        [sys.executable, "client.py", "--url", url, *arguments],
+        cwd=ROOT,
+        env=ENV | env,
+        input=stdin,
+        capture_output=True,
+        timeout=LIMIT,
+    )
 
 
 # --- A terminal --------------------------------------------------------------------------------
+
 
 class Terminal:
     """80x24, on which the user already had twenty lines."""
@@ -149,8 +179,13 @@ class Terminal:
         self.screen = pyte.HistoryScreen(80, 24, history=2000)
         self.stream = pyte.ByteStream(self.screen)
         self.stream.feed(b"".join(b"kept%s\r\n" % row.encode() for row in ROWS[:20]))
-        self.child = pexpect.spawn(sys.executable, ["client.py", "--url", url, *flags], cwd=ROOT,
-                                   env=ENV | env, dimensions=(24, 80))
+        self.child = pexpect.spawn(
+            sys.executable,
+            ["client.py", "--url", url, *flags],
+            cwd=ROOT,
+            env=ENV | env,
+            dimensions=(24, 80),
+        )
 
     def text(self):
         """All there is, from the top of the scrollback."""
@@ -159,12 +194,14 @@ class Terminal:
 
     def until(self, condition):
         """Reads on until the condition holds."""
+
         def came():
             try:
                 self.stream.feed(self.child.read_nonblocking(2**16, 0.2))
             except pexpect.TIMEOUT:
                 pass
             return condition()
+
         until(came)
 
     def at_prompt(self):
@@ -205,6 +242,7 @@ def squeezed(text):
 
 # --- Frames ------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("text", TRICKY)
 def test_frames_are_read_right_wherever_the_bytes_are_cut(text):
     stream, chance = b"".join(growing(text)), random.Random(text)
@@ -222,6 +260,7 @@ def test_frames_yield_each_time_the_text_has_grown():
 
 
 # --- One answer, in pipes ----------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("how", ["argument", "pipe"])
 def test_one_question_gets_plain_text_in_utf8(server, how):
@@ -252,7 +291,7 @@ def test_a_broken_stream_keeps_the_text_and_is_called_incomplete(rest):
 def test_without_a_server_one_line_says_how_to_start_it():
     with socket.socket() as nobody:  # a port that is taken, and that nobody listens at
         nobody.bind(("127.0.0.1", 0))
-        done = run("http://127.0.0.1:%d" % nobody.getsockname()[1], "?")
+        done = run(f"http://127.0.0.1:{nobody.getsockname()[1]}", "?")
     assert done.returncode == 1 and b"python api.py" in done.stderr and not done.stdout.strip()
     assert len(done.stderr.splitlines()) == 1
 
@@ -291,6 +330,7 @@ def test_proxies_are_not_asked_for_this_machine(host):
 
 # --- A conversation ----------------------------------------------------------------------------
 
+
 @in_a_terminal
 def test_a_conversation_goes_on_from_what_was_said(server, terminal):
     chat, first, then = terminal(server, "--temperature", "0"), "Count from 1 to 100", "用中文说"
@@ -306,7 +346,11 @@ def test_history_is_sent_as_pairs_until_cleared(terminal):
     terminal(it.url).ask("a", "b", "c", "clear", "d")
     assert [body["prompt"] for body in it.bodies] == ["a", "b", "c", "d"]
     assert [body["history"] for body in it.bodies] == [
-        [], [["a", "A"]], [["a", "A"], ["b", "B **b**"]], []]
+        [],
+        [["a", "A"]],
+        [["a", "A"], ["b", "B **b**"]],
+        [],
+    ]
 
 
 @in_a_terminal
@@ -336,8 +380,9 @@ def test_ctrl_c_keeps_what_was_said_and_drops_an_empty_turn(terminal):
     for question, shown in [("one", "Half of it"), ("two", "> two")]:
         it.hung_up.clear()
         chat.send(question)
-        sent = lambda: shown in chat.text() and question in [body["prompt"] for body in it.bodies]
-        chat.until(sent)  # drawn to its end
+        chat.until(  # drawn to its end
+            lambda: shown in chat.text() and question in [body["prompt"] for body in it.bodies]
+        )
         chat.child.sendintr()
         chat.until(chat.at_prompt)
         until(it.hung_up.is_set)
@@ -380,8 +425,12 @@ def test_a_conversation_outlives_the_context_of_the_server(server, terminal):
 
 @in_a_terminal
 def test_a_conversation_survives_refusals_and_broken_streams(terminal):
-    it = Peer(refusing(400, '{"detail": "no such thing"}'), answering("Half", end=b""),
-              refusing(502, '{"error": "bad"}'), answering("whole"))
+    it = Peer(
+        refusing(400, '{"detail": "no such thing"}'),
+        answering("Half", end=b""),
+        refusing(502, '{"error": "bad"}'),
+        answering("whole"),
+    )
     chat = terminal(it.url)
     chat.ask("a", "b", "c", "d")
     assert all(chat.text().count(word) == 1 for word in ("no such", "incomplete", "Half", "whole"))
@@ -404,8 +453,7 @@ LONG = {
 @in_a_terminal
 @pytest.mark.parametrize("kind", LONG)
 @pytest.mark.parametrize("flags", [[], ["--plain"]])
-def test_a_long_answer_is_whole_in_the_scrollback_and_the_rest_is_left_alone(
-        terminal, kind, flags):
+def test_a_long_answer_is_whole_in_the_scrollback_and_the_rest_is_left_alone(terminal, kind, flags):
     chat = terminal(Peer(streaming(*growing(LONG[kind], 20), pace=0.01)).url, *flags)
     chat.ask("你会吗？")
     assert re.findall(r"row(\d{3})", squeezed(chat.text())) == ROWS

@@ -61,8 +61,9 @@ def plain(url, prompt, **fields):
 
 def create(client, messages, **fields):
     messages = user(messages) if isinstance(messages, str) else messages
-    return client.chat.completions.create(**{"model": "chatglm", "temperature": 0,
-                                             "messages": messages, **fields})
+    return client.chat.completions.create(
+        **{"model": "chatglm", "temperature": 0, "messages": messages, **fields}
+    )
 
 
 def whole(client, messages, **fields):
@@ -72,8 +73,9 @@ def whole(client, messages, **fields):
 def streamed(client, messages, **fields):
     """The same from a stream, put together by the SDK itself."""
     messages = user(messages) if isinstance(messages, str) else messages
-    with client.chat.completions.stream(model="chatglm", temperature=0, messages=messages,
-                                        **fields) as stream:
+    with client.chat.completions.stream(
+        model="chatglm", temperature=0, messages=messages, **fields
+    ) as stream:
         return stream.get_final_completion().choices[0]
 
 
@@ -82,6 +84,7 @@ rounds = pytest.mark.parametrize("question, name, argument, result", ROUNDS)
 
 
 # --- 1. openai ---------------------------------------------------------------------------------
+
 
 @both_ways
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -104,7 +107,8 @@ def test_a_stream_of_the_sdk_is_many_parts_with_one_id_and_one_end(client):
 
 
 def test_the_first_part_comes_before_the_answer_is_whole_and_a_closed_stream_frees_its_place(
-        client, url):
+    client, url
+):
     stream = create(client, COUNT, **ENDLESS)
     first = next(part.choices[0].delta.content for part in stream if part.choices[0].delta.content)
     assert len(first) < 100 and busy(url) == 1
@@ -117,13 +121,17 @@ def test_eight_answers_at_once_from_the_async_sdk_are_each_what_they_are_alone(u
         settings = {"api_key": "none", "timeout": 60, "max_retries": 0}
         async with openai.AsyncOpenAI(base_url=url + "/v1", **settings) as client:
             return await asyncio.gather(*(create(client, prompt) for prompt in prompts))
+
     answers = [answer.choices[0].message.content for answer in asyncio.run(all_of(PROMPTS * 2))]
     assert answers == [plain(url, prompt) for prompt in PROMPTS] * 2
 
 
 def test_earlier_messages_count(client, url):
-    history = [{"role": "system", "content": "Be short."}, *user("What is HTTP?"),
-               {"role": "assistant", "content": whole(client, "What is HTTP?").message.content}]
+    history = [
+        {"role": "system", "content": "Be short."},
+        *user("What is HTTP?"),
+        {"role": "assistant", "content": whole(client, "What is HTTP?").message.content},
+    ]
     answer = whole(client, history + user("Say that in Chinese")).message.content
     assert answer == plain(url, "Say that in Chinese", history=history)
     assert answer != whole(client, "Say that in Chinese").message.content
@@ -132,6 +140,7 @@ def test_earlier_messages_count(client, url):
 def test_a_seed_repeats_an_answer_and_another_seed_gives_another(client):
     def answer(seed):
         return whole(client, COUNT, temperature=2, top_p=1, max_tokens=20, seed=seed)
+
     assert answer(7).message.content == answer(7).message.content
     assert answer(7).message.content != answer(8).message.content
 
@@ -185,38 +194,47 @@ def test_the_raw_response_is_openai_s_json_and_the_raw_stream_ends_with_done(cli
 
 
 def test_the_one_model_is_listed_and_answers_under_its_name(client):
-    model, = client.models.list().data
+    (model,) = client.models.list().data
     assert model.object == "model" and model.id
     assert create(client, "Hello", model=model.id).model == model.id
 
 
 # --- 2. openai: tools --------------------------------------------------------------------------
 
+
 def tool(name, argument, description):
-    parameters = {"type": "object", "properties": {argument: {"type": "string"}},
-                  "required": [argument]}
-    return {"type": "function", "function": {"name": name, "description": description,
-                                             "parameters": parameters}}
+    parameters = {
+        "type": "object",
+        "properties": {argument: {"type": "string"}},
+        "required": [argument],
+    }
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
 
 
-TOOLS = [tool("get_weather", "city", "The weather in a city"),
-         tool("get_time", "city", "The time in a city"),
-         tool("calculate", "expression", "The value of an expression")]
+TOOLS = [
+    tool("get_weather", "city", "The weather in a city"),
+    tool("get_time", "city", "The time in a city"),
+    tool("calculate", "expression", "The value of an expression"),
+]
 
 
 def called(choice):
     """The one call in an answer, as a name and its argument without blanks."""
     assert choice.finish_reason == "tool_calls" and choice.message.role == "assistant"
-    call, = choice.message.tool_calls
+    (call,) = choice.message.tool_calls
     assert call.type == "function" and call.id
-    argument, = json.loads(call.function.arguments).values()
+    (argument,) = json.loads(call.function.arguments).values()
     return call.function.name, argument.replace(" ", "")
 
 
 @both_ways
 @rounds
 def test_a_question_for_a_tool_calls_it_and_its_result_is_the_answer(
-        client, choice, question, name, argument, result):
+    client, choice, question, name, argument, result
+):
     call = choice(client, question, tools=TOOLS)
     assert called(call) == (name, argument) and not call.message.content
     told = {"role": "tool", "tool_call_id": call.message.tool_calls[0].id, "content": result}
@@ -227,7 +245,8 @@ def test_a_question_for_a_tool_calls_it_and_its_result_is_the_answer(
 
 @rounds
 def test_a_streamed_call_says_its_name_and_id_once_and_its_arguments_in_order(
-        client, question, name, argument, result):
+    client, question, name, argument, result
+):
     choices = [part.choices[0] for part in create(client, question, tools=TOOLS, stream=True)]
     calls = [call for choice in choices for call in choice.delta.tool_calls or []]
     assert {call.index for call in calls} == {0} and choices[-1].finish_reason == "tool_calls"
@@ -257,16 +276,28 @@ def test_with_the_tool_choice_none_no_tool_is_called(client, choice, question):
 @both_ways
 def test_a_tool_chosen_by_name_is_the_one_that_is_called(client, choice):
     chosen = {"type": "function", "function": {"name": "get_time"}}
-    call, = choice(client, WEATHER, tools=TOOLS, tool_choice=chosen).message.tool_calls
+    (call,) = choice(client, WEATHER, tools=TOOLS, tool_choice=chosen).message.tool_calls
     assert call.function.name == "get_time" and json.loads(call.function.arguments) is not None
 
 
 # --- 3. openai: refusals -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("field, value", [
-    ("n", 2), ("messages", []), ("messages", [{"role": "assistant", "content": "Hello"}]),
-    ("messages", [{"role": "nobody", "content": "Hello"}]), ("temperature", 3), ("top_p", 1.5),
-    ("max_tokens", -1), ("seed", -1), ("stop", [1]), ("tools", "get_time")])
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("n", 2),
+        ("messages", []),
+        ("messages", [{"role": "assistant", "content": "Hello"}]),
+        ("messages", [{"role": "nobody", "content": "Hello"}]),
+        ("temperature", 3),
+        ("top_p", 1.5),
+        ("max_tokens", -1),
+        ("seed", -1),
+        ("stop", [1]),
+        ("tools", "get_time"),
+    ],
+)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_what_cannot_be_served_is_a_bad_request_that_names_the_field(client, field, value, stream):
     fields = {"messages": user("Hello"), field: value}
@@ -278,6 +309,7 @@ def test_what_cannot_be_served_is_a_bad_request_that_names_the_field(client, fie
 
 # --- 4. langchain ------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_langchain_s_chatglm_gets_the_answer_of_the_textbook_route(url, prompt):
     llm = ChatGLM(endpoint_url=url, model_kwargs={"stream": False}, temperature=0)
@@ -286,8 +318,9 @@ def test_langchain_s_chatglm_gets_the_answer_of_the_textbook_route(url, prompt):
 
 
 def test_langchain_s_chatglm_keeps_the_history_it_is_given(url):
-    llm = ChatGLM(endpoint_url=url, model_kwargs={"stream": False}, temperature=0,
-                  with_history=True)
+    llm = ChatGLM(
+        endpoint_url=url, model_kwargs={"stream": False}, temperature=0, with_history=True
+    )
     first = llm.invoke("What is HTTP?")
     assert llm.history == [["What is HTTP?", first]]
     history = list(llm.history)
@@ -299,16 +332,24 @@ def test_langchain_s_chatglm_keeps_the_history_it_is_given(url):
 def test_langchain_s_chatglm3_gets_the_answer_of_the_textbook_route(url, prompt):
     endpoint = url + "/v1/chat/completions"
     assert ChatGLM3(endpoint_url=endpoint, temperature=0).invoke(prompt) == plain(url, prompt)
-    system = ChatGLM3(endpoint_url=endpoint, temperature=0,
-                      prefix_messages=[SystemMessage("Be short.")])
+    system = ChatGLM3(
+        endpoint_url=endpoint, temperature=0, prefix_messages=[SystemMessage("Be short.")]
+    )
     history = [{"role": "system", "content": "Be short."}]
     assert system.invoke(prompt) == plain(url, prompt, history=history)
 
 
 @pytest.fixture
 def chat(url):
-    return ChatOpenAI(base_url=url + "/v1", api_key="none", model="chatglm", temperature=0,
-                      stream_usage=True, max_retries=0, timeout=60)
+    return ChatOpenAI(
+        base_url=url + "/v1",
+        api_key="none",
+        model="chatglm",
+        temperature=0,
+        stream_usage=True,
+        max_retries=0,
+        timeout=60,
+    )
 
 
 def in_parts(model, messages):
@@ -347,16 +388,18 @@ def calculate(expression: str) -> str:
     return str(sum(map(int, expression.split("+"))))
 
 
-@pytest.mark.parametrize("answer", [lambda model, messages: model.invoke(messages), in_parts],
-                         ids=["invoke", "stream"])
+@pytest.mark.parametrize(
+    "answer", [lambda model, messages: model.invoke(messages), in_parts], ids=["invoke", "stream"]
+)
 @rounds
 def test_langchain_openai_calls_python_functions_and_tells_their_results(
-        chat, answer, question, name, argument, result):
+    chat, answer, question, name, argument, result
+):
     tools = {tool.name: tool for tool in (get_weather, get_time, calculate)}
     model = chat.bind_tools(list(tools.values()))
     messages = [HumanMessage(question)]
     messages.append(answer(model, messages))
-    call, = messages[-1].tool_calls
+    (call,) = messages[-1].tool_calls
     assert call["name"] == name
     told = tools[name].invoke(call)
     assert isinstance(told, ToolMessage) and told.content == result
@@ -365,6 +408,7 @@ def test_langchain_openai_calls_python_functions_and_tells_their_results(
 
 
 # --- 5. httpx-sse ------------------------------------------------------------------------------
+
 
 def connect(client, method, url, **fields):
     """The stream of events, asked for by `POST` in the body or by `GET` in the query."""
@@ -412,7 +456,8 @@ def test_events_answer_with_the_history_in_mind(url, method):
     given = json.dumps(history, ensure_ascii=False) if method == "GET" else history
     *parts, _ = events(method, url, history=given, **asked)
     assert "".join(json.loads(part.data)["text"] for part in parts) == plain(
-        url, asked["prompt"], history=history)
+        url, asked["prompt"], history=history
+    )
 
 
 @both_methods
@@ -428,8 +473,12 @@ def test_the_first_event_comes_before_the_answer_is_whole_and_hanging_up_ends_it
 def test_a_browser_that_comes_back_after_the_end_is_told_to_stop(url):
     last = events("GET", url, prompt="Hello")[-1]
     for identifier in (last.id, str(uuid.uuid4())):
-        reply = httpx.get(url + "/stream", params={"prompt": "Hello"}, timeout=60,
-                          headers={"Last-Event-ID": identifier})
+        reply = httpx.get(
+            url + "/stream",
+            params={"prompt": "Hello"},
+            timeout=60,
+            headers={"Last-Event-ID": identifier},
+        )
         assert reply.status_code == 204 and reply.content == b""
 
 
@@ -444,11 +493,15 @@ def test_a_refusal_is_no_stream_of_events(url, method):
 
 # --- 6. Servers with other settings -------------------------------------------------------------
 
+
 @started_with("--api-key", "secret")
 def test_a_wrong_key_is_an_authentication_error_and_the_right_one_gets_an_answer(server):
     with sdk(server.url, api_key="wrong") as client:
-        for attempt in (lambda: create(client, "Hello"), client.models.list,
-                        lambda: create(client, "Hello", stream=True)):
+        for attempt in (
+            lambda: create(client, "Hello"),
+            client.models.list,
+            lambda: create(client, "Hello", stream=True),
+        ):
             with pytest.raises(openai.AuthenticationError) as refusal:
                 attempt()
             assert set(refusal.value.body) == {"message", "type", "param", "code"}
@@ -472,16 +525,32 @@ def test_a_full_queue_is_a_rate_limit_error_until_there_is_room_again(client, ur
 
 # --- 7. schemathesis ---------------------------------------------------------------------------
 
+
 @started_with("--max-length", "64")
 def test_every_answer_to_generated_requests_is_one_that_the_schema_announces(server, tmp_path):
     paths = requests.get(server.url + "/openapi.json", timeout=60).json()["paths"]
     assert {"/", "/stream", "/v1/chat/completions", "/v1/models", "/health"} <= set(paths)
     checks = "not_a_server_error,status_code_conformance,content_type_conformance"
-    command = [sys.executable, "-m", "schemathesis.cli", "run", server.url + "/openapi.json",
-               "--checks", checks, "--phases", "examples,coverage,fuzzing", "--max-examples", "30",
-               "--generation-deterministic", "--continue-on-failure", "--no-shrink", "--no-color"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                         encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "run",
+        server.url + "/openapi.json",
+        "--checks",
+        checks,
+        "--phases",
+        "examples,coverage,fuzzing",
+        "--max-examples",
+        "30",
+        "--generation-deterministic",
+        "--continue-on-failure",
+        "--no-shrink",
+        "--no-color",
+    ]
+    run = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, encoding="utf-8"
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     until(lambda: busy(server.url) == 0)
     assert "Traceback" not in server.log()

@@ -30,27 +30,46 @@ if "CI" not in os.environ:
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Ray is for Linux and macOS")
 
 from test_api import (  # noqa: F401  (tests that run here as well)
-    BARE, ENDLESS, HERE, ask, at_once, questions, until,
+    BARE,
+    ENDLESS,
+    HERE,
+    ask,
+    at_once,
+    questions,
     test_a_wrong_address_or_method_is_refused_as_json,
     test_an_answer_is_chunked_text_that_nobody_may_keep_or_hold_back,
     test_each_chunk_is_one_frame_and_each_frame_begins_with_the_one_before,
-    test_the_history_comes_back_in_its_form_with_this_turn_added)
+    test_the_history_comes_back_in_its_form_with_this_turn_added,
+    until,
+)
 from tests.test_clients import (  # noqa: F401
-    client, test_a_stream_of_the_sdk_is_many_parts_with_one_id_and_one_end,
+    client,
+    test_a_stream_of_the_sdk_is_many_parts_with_one_id_and_one_end,
     test_the_sdk_gets_the_answer_that_the_textbook_route_gives,
-    test_what_cannot_be_served_is_a_bad_request_that_names_the_field)
-from tests.test_faults import V1, ROUTES, answer, bearer, hold, how_it_ends, post
+    test_what_cannot_be_served_is_a_bad_request_that_names_the_field,
+)
+from tests.test_faults import ROUTES, V1, answer, bearer, hold, how_it_ends, post
 from tests.test_readme import README
 
 KEY = "none"  # what the clients of tests/test_clients.py send
 # Small, and quick to follow the load: Ray's defaults are half a minute and ten minutes. Nor does
 # it start processes beforehand, which would only take from the two cores of a small machine.
-FLAGS = ["max-concurrency=16", "max-waiting=16", f"api-key={KEY}", "max-replicas=2",
-         "target-ongoing-requests=2.5", "look-back-period-s=2", "upscale-delay-s=0.5",
-         "downscale-delay-s=12"]
-QUICK = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0",
-         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
-         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5"}
+FLAGS = [
+    "max-concurrency=16",
+    "max-waiting=16",
+    f"api-key={KEY}",
+    "max-replicas=2",
+    "target-ongoing-requests=2.5",
+    "look-back-period-s=2",
+    "upscale-delay-s=0.5",
+    "downscale-delay-s=12",
+]
+QUICK = {
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+}
 LONG = {**ENDLESS, "max_length": 400}  # an answer of some seconds
 
 
@@ -66,14 +85,32 @@ class Cluster:
     def __init__(self, folder):
         self.folder, self.port, port = folder, free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.environment = {**BARE, **QUICK, "RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "token",
-                            "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+        self.environment = {
+            **BARE,
+            **QUICK,
+            "RAY_TMPDIR": str(folder),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": uuid.uuid4().hex,
+        }
         with open(folder / "log", "ab") as file:
             self.head = subprocess.Popen(
-                [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
-                 "--num-cpus=2", f"--port={port}", "--include-dashboard=false",
-                 "--disable-usage-stats"],
-                cwd=HERE, stdout=file, stderr=file, env=self.environment)
+                [
+                    sys.executable,
+                    "-m",
+                    "ray.scripts.scripts",
+                    "start",
+                    "--head",
+                    "--block",
+                    "--num-cpus=2",
+                    f"--port={port}",
+                    "--include-dashboard=false",
+                    "--disable-usage-stats",
+                ],
+                cwd=HERE,
+                stdout=file,
+                stderr=file,
+                env=self.environment,
+            )
         self.environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
 
     def serve(self):
@@ -81,9 +118,22 @@ class Cluster:
         until(lambda: "Ray runtime started" in self.log() or self.head.poll() is not None)
         with open(self.folder / "log", "ab") as file:
             subprocess.run(
-                [sys.executable, "-m", "ray.serve.scripts", "run", "--non-blocking",
-                 "deploy.app:deploy", f"port={self.port}", *FLAGS],
-                cwd=HERE, stdout=file, stderr=file, env=self.environment, timeout=180)
+                [
+                    sys.executable,
+                    "-m",
+                    "ray.serve.scripts",
+                    "run",
+                    "--non-blocking",
+                    "deploy.app:deploy",
+                    f"port={self.port}",
+                    *FLAGS,
+                ],
+                cwd=HERE,
+                stdout=file,
+                stderr=file,
+                env=self.environment,
+                timeout=180,
+            )
         assert f"is ready at {self.url}" in self.log(), self.log()
 
     def log(self):
@@ -96,9 +146,12 @@ class Cluster:
     def replicas(self):
         """The processes, by their ids."""
         family = {child.pid for child in psutil.Process(self.head.pid).children(recursive=True)}
-        return {process.pid for process in psutil.process_iter(["cmdline"])
-                if process.pid in family and
-                "".join(process.info["cmdline"] or []).startswith("ray::ServeReplica")}
+        return {
+            process.pid
+            for process in psutil.process_iter(["cmdline"])
+            if process.pid in family
+            and "".join(process.info["cmdline"] or []).startswith("ray::ServeReplica")
+        }
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +174,12 @@ def server():
 @pytest.fixture(scope="module", autouse=True)
 def key():
     """Whatever asks with `requests` here sends the key, unless it says otherwise."""
+
     def with_key():
         headers = default_headers()
         headers.update(bearer(KEY))
         return headers
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(requests.sessions, "default_headers", with_key)
         yield
@@ -179,14 +234,19 @@ def readers(url, *sessions):
 
 # --- 1. One replica ----------------------------------------------------------------------------
 
+
 def test_the_ten_lines_of_the_readme_print_the_whole_answer(url):
     code = re.search(r"```python\n(import requests\n.*?)```", README, re.S)[1]
-    for old, new in [("http://127.0.0.1:8000", url), ('"history": []', '"temperature": 0'),
-                     ("stream=True", f"stream=True, headers={bearer(KEY)}")]:
+    for old, new in [
+        ("http://127.0.0.1:8000", url),
+        ('"history": []', '"temperature": 0'),
+        ("stream=True", f"stream=True, headers={bearer(KEY)}"),
+    ]:
         assert old in code
         code = code.replace(old, new)
-    screen = subprocess.run([sys.executable, "-X", "utf8", "-c", code], timeout=60, check=True,
-                            stdout=subprocess.PIPE).stdout.decode()
+    screen = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", code], timeout=60, check=True, stdout=subprocess.PIPE
+    ).stdout.decode()
     assert screen.rpartition("\r")[2].strip() == ask(url, "什么是 HTTP？", temperature=0)
 
 
@@ -214,6 +274,7 @@ def test_ray_says_that_the_way_in_is_open(url):
 
 
 # --- 2. Two replicas ---------------------------------------------------------------------------
+
 
 def test_a_second_replica_comes_with_the_load_and_no_answer_is_lost(server):
     alone = answer(post(server.url, **LONG))
@@ -263,8 +324,9 @@ def test_a_replica_killed_under_load_breaks_its_own_answers_only_and_comes_back(
         killed = len(got)
         os.kill(min(before), signal.SIGKILL)
         until(lambda: len(server.replicas() - before) == 1)
-        until(lambda: {number for number, end, _ in got[killed:] if end == "whole"}
-              == {0, 1, 2, 3})  # they go on all four
+        until(
+            lambda: {number for number, end, _ in got[killed:] if end == "whole"} == {0, 1, 2, 3}
+        )  # they go on all four
     broken = [number for number, end, _ in got if end != "whole"]
     assert sorted(broken) in ([0, 2], [1, 3])  # those of one session, once
     assert {text for _, end, text in got if end == "whole"} == {alone}

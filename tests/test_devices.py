@@ -1,4 +1,5 @@
 """One network in several processes: it answers as in one, and what cannot be is refused."""
+
 import asyncio
 import os
 import re
@@ -11,9 +12,9 @@ import torch
 import transformers
 
 import chatglm
-from chatglm.chat import to_messages
-from chatglm.device import check_memory
-from chatglm.glm import ChatGLMForConditionalGeneration, translate_config
+from chatglm.checkpoint.conversion import ChatGLMForConditionalGeneration, translate_config
+from chatglm.checkpoint.memory import check_memory
+from chatglm.text.messages import to_messages
 from tests.original import GOLDEN, golden_config, native
 
 QUESTIONS = ["什么是 HTTP？", "hello", "什么是 token？"]
@@ -49,8 +50,14 @@ async def answers(engine):
         async for chunk in engine.generate(to_messages(question), max_new_tokens=60, **settings):
             pass
         return repr(chunk.text)
-    return await asyncio.gather(*(ask(question, **settings) for question in QUESTIONS
-                                  for settings in ({"temperature": 0}, {"seed": 3})))
+
+    return await asyncio.gather(
+        *(
+            ask(question, **settings)
+            for question in QUESTIONS
+            for settings in ({"temperature": 0}, {"seed": 3})
+        )
+    )
 
 
 def alone(folder=None):
@@ -59,9 +66,15 @@ def alone(folder=None):
 
 
 def run(code, *arguments, **options):
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], timeout=120,
-                          text=True, capture_output=True, cwd=GOLDEN.parent.parent,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        timeout=120,
+        text=True,
+        capture_output=True,
+        cwd=GOLDEN.parent.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
 
 
 @no_gpu
@@ -82,9 +95,11 @@ def test_a_network_that_transformers_knows_by_itself_is_divided_too(tmp_path):
 
 @no_gpu
 def test_if_one_process_ends_all_do():
-    code = ("import chatglm, psutil, time\n"
-            "engine = chatglm.Engine(*chatglm.load(device='cpu', devices=2)); engine.start()\n"
-            "psutil.Process().children()[0].kill(); time.sleep(60)")
+    code = (
+        "import chatglm, psutil, time\n"
+        "engine = chatglm.Engine(*chatglm.load(device='cpu', devices=2)); engine.start()\n"
+        "psutil.Process().children()[0].kill(); time.sleep(60)"
+    )
     done = run(code)
     assert done.returncode == 1 and "a process of --devices has ended" in done.stderr
 
@@ -111,21 +126,27 @@ def test_quantised_matrices_on_several_gpus_are_refused():
 
 @no_gpu
 @pytest.mark.parametrize("devices, field", [(2, "num_key_value_heads"), (3, "intermediate_size")])
-def test_a_network_that_cannot_be_divided_is_refused_before_it_is_loaded(
-        tmp_path, devices, field):
+def test_a_network_that_cannot_be_divided_is_refused_before_it_is_loaded(tmp_path, devices, field):
     even(tmp_path, num_key_value_heads=1, intermediate_size=50)
     refused(field, "cannot be divided", path=tmp_path, device="cpu", devices=devices)
 
 
 def test_the_refusal_for_lack_of_memory_counts_the_share_of_one_gpu():
-    published = golden_config(hidden_size=2**17, ffn_hidden_size=3 * 2**17,
-                              num_attention_heads=32, kv_channels=128)
+    published = golden_config(
+        hidden_size=2**17, ffn_hidden_size=3 * 2**17, num_attention_heads=32, kv_channels=128
+    )
     config = translate_config(published, "here")
     told = []
     for devices in (1, 2):
         with pytest.raises(ValueError) as caught:
-            check_memory(ChatGLMForConditionalGeneration, config, torch.device("cpu"),
-                         torch.bfloat16, None, devices)
+            check_memory(
+                ChatGLMForConditionalGeneration,
+                config,
+                torch.device("cpu"),
+                torch.bfloat16,
+                None,
+                devices,
+            )
         told.append(float(re.search(r"take ([\d.]+) GiB", str(caught.value))[1]))
     matrices = published["num_layers"] * 3 * 3 * 2**17 * 2**17 * 2 / 2**30
     assert told[0] - told[1] == pytest.approx(matrices / 2, rel=0.01)

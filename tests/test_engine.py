@@ -14,8 +14,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 import chatglm
-from chatglm.chat import to_messages
-from chatglm.router import PAUSE, UNHURRIED, Newest
+from chatglm.engine.batch import PAUSE, UNHURRIED, Newest
+from chatglm.text.messages import to_messages
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
 ENDLESS = dict(temperature=0, max_length=1000)  # what this model answers 你好 with, it never ends
@@ -48,9 +48,14 @@ async def until(condition, seconds=20):
 def is_empty(engine) -> bool:
     """Nothing is left of any request: no place, no page, no state, no handler."""
     scheduler = engine._manager.batch_processor.scheduler
-    return not (engine.active or engine.waiting or engine._places.reserved
-                or scheduler.active_requests or scheduler.waiting_requests
-                or engine._manager.output_router.readers)
+    return not (
+        engine.active
+        or engine.waiting
+        or engine._places.reserved
+        or scheduler.active_requests
+        or scheduler.waiting_requests
+        or engine._manager.output_router.readers
+    )
 
 
 def generate(loaded, question: str, tokens: int, **settings) -> str:
@@ -58,8 +63,13 @@ def generate(loaded, question: str, tokens: int, **settings) -> str:
     tokenizer, model = loaded
     ids = tokenizer.encode_chat(to_messages(question))
     out = model.generate(
-        torch.tensor([ids]), do_sample=False, max_new_tokens=tokens, pad_token_id=0,
-        eos_token_id=tokenizer.stop_ids, **settings)[0, len(ids):].tolist()
+        torch.tensor([ids]),
+        do_sample=False,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+        eos_token_id=tokenizer.stop_ids,
+        **settings,
+    )[0, len(ids) :].tolist()
     return tokenizer.decode([i for i in out if i not in tokenizer.stop_ids])
 
 
@@ -71,15 +81,27 @@ def test_greedy_answers_equal_generate(engine, loaded):
 
 def test_layers_that_look_back_only_so_far_answer_as_in_generate(loaded):
     torch.manual_seed(0)
-    model = Gemma3ForCausalLM(Gemma3TextConfig(
-        vocab_size=loaded[1].config.vocab_size, hidden_size=64, intermediate_size=96, head_dim=16,
-        num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2,
-        sliding_window=8, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3))
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=loaded[1].config.vocab_size,
+            hidden_size=64,
+            intermediate_size=96,
+            head_dim=16,
+            num_hidden_layers=4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            sliding_window=8,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.3,
+        )
+    )
     questions = [word * times for word, times in zip(QUESTIONS, (1, 30, 60, 200))]
 
     async def together(engine):
-        return await asyncio.gather(*(last(engine, question, temperature=0, max_new_tokens=20)
-                                      for question in questions))
+        return await asyncio.gather(
+            *(last(engine, question, temperature=0, max_new_tokens=20) for question in questions)
+        )
+
     with chatglm.Engine(loaded[0], model.eval()) as engine:
         chunks = asyncio.run(together(engine))
     assert [c.text for c in chunks] == [generate((loaded[0], model), q, 20) for q in questions]
@@ -89,8 +111,13 @@ def test_half_precision_answers_alone_and_in_a_crowd():
     tokenizer, model = chatglm.load(GOLDEN, device="cpu", dtype="bfloat16")
 
     async def together(engine):
-        return await asyncio.gather(*(last(engine, question * 40, temperature=0, max_new_tokens=9)
-                                      for question in QUESTIONS))
+        return await asyncio.gather(
+            *(
+                last(engine, question * 40, temperature=0, max_new_tokens=9)
+                for question in QUESTIONS
+            )
+        )
+
     with chatglm.Engine(tokenizer, model) as engine:
         chunks = [asyncio.run(last(engine, "hi", max_new_tokens=9)), *asyncio.run(together(engine))]
     assert {chunk.finish_reason for chunk in chunks} <= {"length", "stop"}
@@ -98,9 +125,14 @@ def test_half_precision_answers_alone_and_in_a_crowd():
 
 def test_repetition_penalty_equals_generate_among_neighbours_without_it(engine, loaded):
     async def crowd():
-        return await asyncio.gather(*(
-            last(engine, question, temperature=0, max_new_tokens=30, repetition_penalty=penalty)
-            for question in QUESTIONS for penalty in (1.0, 1.3)))
+        return await asyncio.gather(
+            *(
+                last(engine, question, temperature=0, max_new_tokens=30, repetition_penalty=penalty)
+                for question in QUESTIONS
+                for penalty in (1.0, 1.3)
+            )
+        )
+
     chunks = asyncio.run(crowd())
     for question, plain, penalised in zip(QUESTIONS, chunks[::2], chunks[1::2]):
         assert plain.raw == generate(loaded, question, 30)
@@ -109,9 +141,18 @@ def test_repetition_penalty_equals_generate_among_neighbours_without_it(engine, 
 
 def test_an_answer_in_a_crowd_that_comes_and_goes_equals_the_answer_alone(engine):
     draw = random.Random(0)
-    requests = [(draw.choice(QUESTIONS) * draw.randrange(1, 9), dict(
-        temperature=draw.choice([0, 0.5, 1, 2]), top_p=draw.choice([0.5, 0.9, 1]), seed=i,
-        max_new_tokens=draw.randrange(5, 40))) for i in range(40)]
+    requests = [
+        (
+            draw.choice(QUESTIONS) * draw.randrange(1, 9),
+            dict(
+                temperature=draw.choice([0, 0.5, 1, 2]),
+                top_p=draw.choice([0.5, 0.9, 1]),
+                seed=i,
+                max_new_tokens=draw.randrange(5, 40),
+            ),
+        )
+        for i in range(40)
+    ]
 
     async def leave_early(question):
         async for _ in engine.generate(to_messages(question), max_new_tokens=200):
@@ -123,14 +164,20 @@ def test_an_answer_in_a_crowd_that_comes_and_goes_equals_the_answer_alone(engine
         chunks = await asyncio.gather(*(last(engine, q, **settings) for q, settings in requests))
         await asyncio.gather(*leavers)
         return chunks
+
     together = asyncio.run(crowd())
     assert together == [asyncio.run(last(engine, q, **settings)) for q, settings in requests]
 
 
 def test_text_only_grows_and_ends_with_a_reason(engine):
     async def texts():
-        return [chunk async for chunk in engine.generate(to_messages("你好"), temperature=0,
-                                                         max_new_tokens=60)]
+        return [
+            chunk
+            async for chunk in engine.generate(
+                to_messages("你好"), temperature=0, max_new_tokens=60
+            )
+        ]
+
     chunks = asyncio.run(texts())
     for before, after in zip(chunks, chunks[1:]):
         assert after.text.startswith(before.text) and before.finish_reason is None
@@ -150,8 +197,14 @@ def test_closing_the_iterator_cancels_and_leaves_nothing(loaded, moment):
                 leaving = asyncio.create_task(last(engine, "你好", **ENDLESS))
                 await until(lambda: engine.waiting == 1)
             elif moment == "decoding":
-                await until(lambda: any(s.generated_tokens for s in (
-                    engine._manager.batch_processor.scheduler.active_requests.values())))
+                await until(
+                    lambda: any(
+                        s.generated_tokens
+                        for s in (
+                            engine._manager.batch_processor.scheduler.active_requests.values()
+                        )
+                    )
+                )
             leaving.cancel()
             await asyncio.wait([leaving])
             if moment == "waiting":
@@ -159,16 +212,20 @@ def test_closing_the_iterator_cancels_and_leaves_nothing(loaded, moment):
                 first.cancel()
             await until(lambda: is_empty(engine))
             assert (await last(engine, "hi", max_new_tokens=3)).completion_tokens
+
     asyncio.run(scenario())
 
 
 def test_one_request_more_than_there_are_places_waits_for_its_turn(loaded):
     async def scenario():
         with chatglm.Engine(*loaded, max_concurrency=2) as engine:
-            tasks = [asyncio.create_task(last(engine, "hi", temperature=0, max_new_tokens=20))
-                     for _ in range(5)]
+            tasks = [
+                asyncio.create_task(last(engine, "hi", temperature=0, max_new_tokens=20))
+                for _ in range(5)
+            ]
             await until(lambda: engine.active == 2 and engine.waiting == 3)
             assert len({(await task).raw for task in tasks}) == 1
+
     asyncio.run(scenario())
 
 
@@ -185,6 +242,7 @@ def test_stopping_ends_answers_as_cancelled_and_leaves_no_thread(loaded):
                     if len(seen) == 3:
                         await asyncio.to_thread(engine.stop)
         assert seen[-1].finish_reason == "cancelled" and not engine.running
+
     asyncio.run(scenario())
     left = [t for t in set(threading.enumerate()) - before if "generation" in str(t).lower()]
     assert not left
@@ -194,6 +252,7 @@ def test_when_the_thread_dies_answers_fail_and_the_next_request_works(engine, lo
     async def scenario():
         def fail(*_):
             raise RuntimeError("out of memory, say")
+
         hook = loaded[1].model.embed_tokens.register_forward_pre_hook(fail)
         with pytest.raises(chatglm.EngineError):
             await last(engine, "hi", max_new_tokens=50)
@@ -201,6 +260,7 @@ def test_when_the_thread_dies_answers_fail_and_the_next_request_works(engine, lo
         answer = await last(engine, "hi", temperature=0, max_new_tokens=5)
         assert answer.finish_reason == "length"
         await until(lambda: is_empty(engine))
+
     asyncio.run(scenario())
 
 
@@ -215,9 +275,11 @@ def test_a_damaged_weight_fails_the_request_that_meets_it_and_no_other(loaded):
             settings = dict(temperature=0, max_new_tokens=12)
             results = await asyncio.gather(
                 *(last(engine, question, **settings) for question in ("hi", "跟", "a b c")),
-                return_exceptions=True)
+                return_exceptions=True,
+            )
             assert isinstance(results[1], chatglm.EngineError)
             return results
+
     results = asyncio.run(scenario())
     for question, chunk in [("hi", results[0]), ("a b c", results[2])]:
         answer = generate(loaded, question, 12)
@@ -241,11 +303,13 @@ def test_the_next_turn_reads_the_cache_of_the_turn_before(engine, loaded):
             pass
         seen = []
         hook = loaded[1].register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+            lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
         async for _ in engine.stream_chat("and", history, temperature=0, max_length=400):
             pass
         hook.remove()
         return seen[0], len(loaded[0].encode_chat(to_messages("and", history)))
+
     prefilled, prompt = asyncio.run(scenario())
     assert prefilled < prompt / 2
 
@@ -267,6 +331,7 @@ def test_after_a_thousand_requests_many_cancelled_pages_and_memory_are_back(engi
             await asyncio.gather(*(ask() for _ in range(50)))
             await until(lambda: is_empty(engine))
             resident.append(psutil.Process().memory_info().rss)
+
     asyncio.run(ask_all())
     cache.evict_cached_blocks()  # kept for prompts that begin alike
     assert cache.compute_free_capacity() == free
@@ -280,6 +345,7 @@ def test_the_first_tokens_come_at_once_then_the_newest_in_turn_and_the_last_at_o
         async def read():
             while not (got and newest.is_last):
                 got.append(len((await newest.get()).generated_tokens))
+
         reading = asyncio.create_task(read())
         for count in range(1, 201):
             status = RequestStatus.FINISHED if count == 200 else RequestStatus.DECODING
@@ -290,5 +356,6 @@ def test_the_first_tokens_come_at_once_then_the_newest_in_turn_and_the_last_at_o
         await reading
         assert len(got) <= UNHURRIED + 2 + (time.monotonic() - begin) / PAUSE
         return got
+
     got = asyncio.run(counts())
     assert got[: UNHURRIED + 1] == list(range(1, UNHURRIED + 2)) and got[-1] == 200

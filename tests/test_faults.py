@@ -25,8 +25,20 @@ import requests
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
-from test_api import (BARE, ENDLESS, HERE, TINY, ask, at_once, busy, questions, started,
-                      started_with, unescape, until)
+from test_api import (
+    BARE,
+    ENDLESS,
+    HERE,
+    TINY,
+    ask,
+    at_once,
+    busy,
+    questions,
+    started,
+    started_with,
+    unescape,
+    until,
+)
 
 V1 = "/v1/chat/completions"
 ROUTES = ["/", "/stream", V1]
@@ -106,8 +118,10 @@ def answer(reply):
     text = reply.content.decode()
     if text.startswith("<^>"):
         return unescape(text.rpartition("<^>")[2])
-    return "".join(event["text"] if "text" in event else
-                   event["choices"][0]["delta"].get("content", "") for event in events(text))
+    return "".join(
+        event["text"] if "text" in event else event["choices"][0]["delta"].get("content", "")
+        for event in events(text)
+    )
 
 
 # --- 1. More than it takes ---------------------------------------------------------------------
@@ -231,8 +245,12 @@ def test_32_that_could_fill_the_cache_let_a_short_question_wait_but_not_for_ever
 some_places = started_with("--max-concurrency", "16")  # with a cache of about 33,000 tokens
 
 
-HANG_UPS = {"waiting": {}, "in mid-answer": {}, "not streaming": {"stream": False},
-            "prefill": {"history": [["question " * 30, "你好" * 30]] * 45}}  # thousands of tokens
+HANG_UPS = {
+    "waiting": {},
+    "in mid-answer": {},
+    "not streaming": {"stream": False},
+    "prefill": {"history": [["question " * 30, "你好" * 30]] * 45},
+}  # thousands of tokens
 
 
 STEADY = {**ENDLESS, "max_length": 1000}
@@ -259,8 +277,10 @@ def test_who_hangs_up_is_forgotten_while_the_others_go_on(server, url, moment):
         until(lambda: busy(url) == len(others) + 1, limit=5)
         assert other.result() == alone
     made = re.findall(r": cancelled, \d+ \+ (\d+) tokens", server.log()[log:])[:3]
-    assert len(made) == 3 and (moment == "not streaming" or
-                               {number != "0" for number in made} == {moment == "in mid-answer"})
+    assert len(made) == 3 and (
+        moment == "not streaming"
+        or {number != "0" for number in made} == {moment == "in mid-answer"}
+    )
 
 
 @some_places
@@ -280,6 +300,7 @@ def test_long_conversations_that_outgrow_the_cache_together_are_all_answered(url
     def talk(number):
         history = [[f"question {number} " * 45, "你好" * 30]] * 25
         return post(url, V1, **{**ENDLESS, "history": history, "stream": False, "max_length": 40})
+
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(talk, range(8)))
     assert [reply.status_code for reply in replies] == [200] * 8
@@ -315,8 +336,9 @@ def faulty(tmp_path_factory):
     """A server whose model fails once when a file is there that has the exception's name."""
     folder = tmp_path_factory.mktemp("faulty")
     (folder / "serve.py").write_text(FAULTY, "utf-8")
-    with started(str(folder / "serve.py"), str(folder), "--max-concurrency", "12",
-                 PYTHONPATH=str(HERE)) as server:
+    with started(
+        str(folder / "serve.py"), str(folder), "--max-concurrency", "12", PYTHONPATH=str(HERE)
+    ) as server:
         server.folder = folder
         yield server
 
@@ -326,8 +348,10 @@ def test_when_the_model_fails_its_answers_end_broken_and_the_next_are_whole(faul
     fields, alone = {**ENDLESS, "max_length": 1900}, ask(faulty.url, temperature=0)
     with ThreadPoolExecutor(24) as pool:
         streams = [(path, post(faulty.url, path, **fields)) for path in ROUTES * 3]
-        whole = [pool.submit(post, faulty.url, path, **fields | {"stream": False})
-                 for path in ("/", "/", V1)]
+        whole = [
+            pool.submit(post, faulty.url, path, **fields | {"stream": False})
+            for path in ("/", "/", V1)
+        ]
         until(lambda: counts(faulty.url) == (12, 0))
         waiting = [pool.submit(ask, faulty.url, temperature=0) for _ in range(3)]
         until(lambda: counts(faulty.url) == (12, 3))
@@ -362,8 +386,9 @@ def damaged(tmp_path_factory):
 @on_each_route
 def test_a_prompt_that_the_model_breaks_on_fails_and_its_8_neighbours_do_not(damaged, path):
     url, bad = damaged.url, {"prompt": damaged.word * 50}
-    crowd = [{**ENDLESS, "prompt": question, "max_length": 300}
-             for question in list(questions())[:8]]
+    crowd = [
+        {**ENDLESS, "prompt": question, "max_length": 300} for question in list(questions())[:8]
+    ]
     alone = at_once(url, crowd)
     with ThreadPoolExecutor() as pool:
         together = pool.submit(at_once, url, crowd)
@@ -376,8 +401,9 @@ def test_a_prompt_that_the_model_breaks_on_fails_and_its_8_neighbours_do_not(dam
 
 def test_nor_do_neighbours_that_join_a_batch_which_it_leads(damaged):
     url, bad = damaged.url, {"prompt": damaged.word * 50, "max_length": 500}
-    crowd = [{**ENDLESS, "prompt": question, "max_length": 60}
-             for question in list(questions())[:8]]
+    crowd = [
+        {**ENDLESS, "prompt": question, "max_length": 60} for question in list(questions())[:8]
+    ]
     alone = at_once(url, crowd)
     for _ in range(5):  # which of them share a step is chance
         with ThreadPoolExecutor() as pool:
@@ -405,6 +431,7 @@ def test_a_checkpoint_that_is_deleted_after_the_start_is_missed_by_nobody(tmp_pa
 
 # --- 4. Stopped --------------------------------------------------------------------------------
 
+
 def refuses_connections(url):
     try:
         socket.create_connection(url.removeprefix("http://").split(":"), 5).close()
@@ -430,8 +457,10 @@ def test_sigterm_lets_the_answers_end_and_nobody_else_in():
 
 
 @on_posix
-@pytest.mark.parametrize("flags, number, least, most", [
-    (["--grace", "2"], signal.SIGTERM, 1.9, 15), ([], signal.SIGINT, 0, 5)])
+@pytest.mark.parametrize(
+    "flags, number, least, most",
+    [(["--grace", "2"], signal.SIGTERM, 1.9, 15), ([], signal.SIGINT, 0, 5)],
+)
 def test_answers_that_do_not_end_in_time_are_broken_off(flags, number, least, most):
     with started("api.py", *flags) as server, ThreadPoolExecutor() as pool:
         replies = [post(server.url, path, **ENDLESS) for path in ROUTES]
@@ -450,16 +479,22 @@ def test_answers_that_do_not_end_in_time_are_broken_off(flags, number, least, mo
 # --- 5. Who may ask ----------------------------------------------------------------------------
 
 KEYS, HOME = ["first-key", "second-key"], "https://a.example"
-LOCKED = [("POST", "/"), ("GET", "/stream?prompt=hi"), ("POST", "/stream"), ("POST", V1),
-          ("GET", "/v1/models")]
+LOCKED = [
+    ("POST", "/"),
+    ("GET", "/stream?prompt=hi"),
+    ("POST", "/stream"),
+    ("POST", V1),
+    ("GET", "/v1/models"),
+]
 
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory):
     file = tmp_path_factory.mktemp("locked") / "keys"
     file.write_text("\n".join(["", *KEYS, ""]), "utf-8")
-    with started("api.py", "--api-key", str(file),
-                 "--cors-origin", f"{HOME},https://b.example") as server:
+    with started(
+        "api.py", "--api-key", str(file), "--cors-origin", f"{HOME},https://b.example"
+    ) as server:
         yield server.url
 
 
@@ -467,10 +502,15 @@ def bearer(key):
     return {"Authorization": f"Bearer {key}"}
 
 
-WRONG = {"no key": {}, "a wrong one": bearer("first-kez"), "its beginning": bearer("first"),
-         "an empty one": bearer(""), "the whole file": bearer("first-key second-key"),
-         "no bearer": {"Authorization": "Basic first-key"},
-         "one beyond ASCII": {"Authorization": "Bearer ключ".encode()}}
+WRONG = {
+    "no key": {},
+    "a wrong one": bearer("first-kez"),
+    "its beginning": bearer("first"),
+    "an empty one": bearer(""),
+    "the whole file": bearer("first-key second-key"),
+    "no bearer": {"Authorization": "Basic first-key"},
+    "one beyond ASCII": {"Authorization": "Bearer ключ".encode()},
+}
 
 
 @pytest.mark.parametrize("method, path", LOCKED)
@@ -492,16 +532,25 @@ def test_two_routes_want_no_key(locked, path):
 
 def test_a_key_file_without_keys_is_refused_at_the_start_in_one_line(tmp_path):
     (tmp_path / "keys").write_text(" \n\n", "utf-8")
-    result = subprocess.run([sys.executable, "api.py", "--api-key", str(tmp_path / "keys")],
-                            cwd=HERE, env=BARE, timeout=120, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "api.py", "--api-key", str(tmp_path / "keys")],
+        cwd=HERE,
+        env=BARE,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode != 0 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and "--api-key" in result.stderr
 
 
 def allows(url, origin, path="/"):
     """Whether a browser lets a page of that origin ask, and read the answer and a refusal."""
-    wanted = {"Origin": origin, "Access-Control-Request-Method": "POST",
-              "Access-Control-Request-Headers": "authorization,content-type"}
+    wanted = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
     replies = [requests.options(url + path, headers=wanted, timeout=60)]
     for headers in bearer(KEYS[0]), bearer("none"):
         replies.append(post(url, path, headers={"Origin": origin, **headers}))
@@ -529,8 +578,12 @@ def test_a_star_lets_every_origin_in(url):
 
 
 def test_the_environment_says_the_same_under_uvicorn():
-    settings = {"CHATGLM_CORS_ORIGIN": HOME, "CHATGLM_API_KEY": KEYS[0],
-                "CHATGLM_MAX_BODY": "3000", "CHATGLM_MAX_LENGTH": "100"}
+    settings = {
+        "CHATGLM_CORS_ORIGIN": HOME,
+        "CHATGLM_API_KEY": KEYS[0],
+        "CHATGLM_MAX_BODY": "3000",
+        "CHATGLM_MAX_LENGTH": "100",
+    }
     with started("-m", "uvicorn", "api:app", **settings) as server:
         assert allows(server.url, HOME) and not allows(server.url, "https://b.example")
         assert post(server.url).status_code == 401

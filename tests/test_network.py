@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import chatglm
-from chatglm import attention, device
-from chatglm.chat import to_messages
-from chatglm.device import FreeCores
+from chatglm.engine import cpu_attention as attention
+from chatglm.hardware import threads as device
+from chatglm.hardware.threads import FreeCores
+from chatglm.text.messages import to_messages
 from test_api import until
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -22,10 +23,12 @@ LINUX = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts 
 
 async def answers(engine, questions, temperature=0):
     async def answer(question):
-        async for chunk in engine.generate(to_messages(question), temperature=temperature, seed=1,
-                                           top_p=1, max_new_tokens=12):
+        async for chunk in engine.generate(
+            to_messages(question), temperature=temperature, seed=1, top_p=1, max_new_tokens=12
+        ):
             pass
         return chunk
+
     return await asyncio.gather(*map(answer, questions))
 
 
@@ -36,10 +39,10 @@ def test_every_step_scores_as_transformers_own_network_does(name, times):
     steps = []
     with chatglm.Engine(tokenizer, model) as engine:
         hook = model.register_forward_hook(lambda _, inputs, output: steps.append(output.logits))
-        chunk, = asyncio.run(answers(engine, ["你好" * times]))
+        (chunk,) = asyncio.run(answers(engine, ["你好" * times]))
         hook.remove()
         assert "forward" in vars(model)  # or both would be the library's
-    read = steps[-chunk.completion_tokens:]
+    read = steps[-chunk.completion_tokens :]
     assert (len(steps) > len(read)) == (times > 1)
     ids = tokenizer.encode_chat(to_messages("你好" * times))
     for scores in read:
@@ -88,13 +91,19 @@ with chatglm.Engine(*chatglm.load(device="cpu")) as engine:
 
 @LINUX
 def test_torch_has_threads_for_the_one_caller_that_computes():
-    done = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[1], timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_THREADS],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        timeout=120,
+        check=True,
+    )
     assert int(done.stdout) <= 1  # of a second caller there would be one more at least
 
 
 def test_a_large_network_is_computed_by_as_many_threads_as_torch_was_told(monkeypatch):
-    monkeypatch.setattr(device, "SMALL", 0)
+    monkeypatch.setattr(device, "SMALL_MODEL_PARAMETERS", 0)
     before, seen = torch.get_num_threads(), set()
     torch.set_num_threads(3)
     try:
@@ -109,8 +118,10 @@ def test_a_large_network_is_computed_by_as_many_threads_as_torch_was_told(monkey
 
 def test_cores_that_other_programs_use_are_not_free():
     free = FreeCores()
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
-              for _ in range(psutil.cpu_count())]
+    others = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(psutil.cpu_count())
+    ]
     try:
         until(lambda: free() < psutil.cpu_count() / 2)
     finally:

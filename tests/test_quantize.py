@@ -1,4 +1,5 @@
 """Weights made smaller on the way: how small, how near, and what is refused."""
+
 import asyncio
 import os
 import re
@@ -12,10 +13,11 @@ import transformers
 
 import chatglm
 from bench.decode import CHATGLM3_6B
-from chatglm import quantize
-from chatglm.chat import to_messages
-from chatglm.device import check_memory
-from chatglm.glm import ChatGLMForConditionalGeneration, translate_config
+from bench.weights import held_bytes
+from chatglm.checkpoint import quantize
+from chatglm.checkpoint.conversion import ChatGLMForConditionalGeneration, translate_config
+from chatglm.checkpoint.memory import check_memory, needed_bytes
+from chatglm.text.messages import to_messages
 from chatglm.tiny.evaluation import answer
 from tests.original import GOLDEN, golden_config, native, publish, random_state, shapes
 from tests.test_tiny import lines
@@ -57,18 +59,20 @@ def small(request):
 
 # How small
 
+
 def test_every_matrix_of_the_layers_is_quantised_and_nothing_else(small):
     kind, _, model = small
     for name, parameter in model.named_parameters():
         matrix = ".layers." in name and name.endswith("proj.weight")
-        assert parameter.dtype == ({"int8": torch.int8, "int4": torch.uint8}[kind] if matrix
-                                   else torch.float32), name
+        assert parameter.dtype == (
+            {"int8": torch.int8, "int4": torch.uint8}[kind] if matrix else torch.float32
+        ), name
 
 
 @pytest.mark.parametrize("kind, share", [("int8", 0.26), ("int4", 0.135)])
 def test_the_matrices_take_a_quarter_and_an_eighth_of_float32(full, kind, share):
     model = load(kind=kind)[1]  # on a CPU the first answer lays int4 out anew
-    saved = quantize.held_bytes(full) - quantize.held_bytes(model)
+    saved = held_bytes(full) - held_bytes(model)
     matrices = sum(p.nbytes for name, p in full.named_parameters() if name.endswith("proj.weight"))
     assert matrices * (1 - share) < saved < matrices * (1 - share + 0.01)
 
@@ -79,13 +83,13 @@ def test_the_bytes_told_before_loading_are_those_taken(folder, kind, changes):
     config = golden_config(ffn_hidden_size=320, **changes)
     publish(folder, config, random_state(config))
     model = load(folder, kind, dtype="bfloat16")[1]
-    told = quantize.needed_bytes(skeleton(config), kind, torch.bfloat16)
-    assert told == quantize.held_bytes(model)
+    told = needed_bytes(skeleton(config), kind, torch.bfloat16)
+    assert told == held_bytes(model)
 
 
 @pytest.mark.parametrize("kind, least, most", [("int8", 6.7e9, 6.9e9), ("int4", 3.9e9, 4.1e9)])
 def test_chatglm3_6b_fits_small_gpus(kind, least, most):
-    assert least < quantize.needed_bytes(skeleton(CHATGLM3_6B), kind, torch.bfloat16) < most
+    assert least < needed_bytes(skeleton(CHATGLM3_6B), kind, torch.bfloat16) < most
 
 
 def test_the_refusal_for_lack_of_memory_counts_what_quantising_saves():
@@ -94,14 +98,16 @@ def test_the_refusal_for_lack_of_memory_counts_what_quantising_saves():
     told = {}
     for kind in (None, *KINDS):
         with pytest.raises(ValueError, match=f"GiB in {kind or 'bfloat16'}, but cpu") as caught:
-            check_memory(ChatGLMForConditionalGeneration, config, torch.device("cpu"),
-                         torch.bfloat16, kind)
+            check_memory(
+                ChatGLMForConditionalGeneration, config, torch.device("cpu"), torch.bfloat16, kind
+            )
         told[kind] = float(re.search(r"take ([\d.]+) GiB", str(caught.value))[1])
     assert told["int8"] == pytest.approx(0.51 * told[None], rel=0.02)
     assert told["int4"] == pytest.approx(0.26 * told[None], rel=0.02)
 
 
 # How near
+
 
 def test_logits_stay_near_those_of_the_full_network(full, small):
     kind, tokenizer, model = small
@@ -116,9 +122,11 @@ def test_known_questions_are_answered_nearly_as_well_as_by_the_full_network(full
 
     async def right(model, **settings):
         with chatglm.Engine(tokenizer, model) as engine:
-            given = await asyncio.gather(*(
-                answer(engine, to_messages(line["question"]), **settings) for line in known))
+            given = await asyncio.gather(
+                *(answer(engine, to_messages(line["question"]), **settings) for line in known)
+            )
         return sum(a.text == line["answer"] for a, line in zip(given, known, strict=True))
+
     for settings in ({"temperature": 0}, {"seed": 0}):
         most = asyncio.run(right(full, **settings))
         assert most > 45 and asyncio.run(right(model, **settings)) >= most - 3
@@ -133,6 +141,7 @@ def test_an_answer_at_int8_does_not_depend_on_its_neighbours():
 
 
 # Which checkpoints
+
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
@@ -161,7 +170,7 @@ def test_what_transformers_knows_by_itself_is_quantised(folder, kind, network):
 PEAK = """
 import sys, threading, time
 import chatglm
-from chatglm.quantize import held_bytes
+from bench.weights import held_bytes
 
 def resident():
     with open("/proc/self/status") as file:
@@ -183,17 +192,30 @@ print(most - before, held_bytes(model))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no /proc here")
 def test_loading_takes_the_small_weights_and_one_matrix(folder):
-    config = golden_config(num_layers=10, hidden_size=1024, ffn_hidden_size=3328,
-                           num_attention_heads=16, kv_channels=64, padded_vocab_size=768)
+    config = golden_config(
+        num_layers=10,
+        hidden_size=1024,
+        ffn_hidden_size=3328,
+        num_attention_heads=16,
+        kv_channels=64,
+        padded_vocab_size=768,
+    )
     layer = random_state(config | {"num_layers": 1})
-    state = {name: layer[re.sub(r"layers\.\d", "layers.0", name)].bfloat16()
-             for name in shapes(config)}
+    state = {
+        name: layer[re.sub(r"layers\.\d", "layers.0", name)].bfloat16() for name in shapes(config)
+    }
     publish(folder, config, state, shards=6)
     # The C library would keep what is given back for later, and it is that which counts here.
     own = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
-    done = subprocess.run([sys.executable, "-c", PEAK, folder, "int4"], cwd=GOLDEN.parent.parent,
-                          env=os.environ | own, capture_output=True, text=True, timeout=120,
-                          check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, folder, "int4"],
+        cwd=GOLDEN.parent.parent,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     shutil.rmtree(folder)
     peak, held = map(int, done.stdout.split())
     largest = 4 * 2 * 3328 * 1024  # bytes of a float32 copy; bitsandbytes makes some on a CPU
@@ -201,6 +223,7 @@ def test_loading_takes_the_small_weights_and_one_matrix(folder):
 
 
 # Refusals
+
 
 def refused(*words, **options):
     with pytest.raises(ValueError) as caught:
@@ -220,11 +243,19 @@ def test_a_gpu_that_the_library_is_not_tried_on_is_refused(kind):
 
 
 def test_without_the_library_one_line_says_what_to_install():
-    code = ("import chatglm, importlib.util; importlib.util.find_spec = lambda name: None; "
-            "chatglm.load(quantize='int4')")
-    done = subprocess.run([sys.executable, "-c", code], cwd=GOLDEN.parent.parent,
-                          capture_output=True, text=True, timeout=60)
-    assert done.stderr.splitlines()[-1].endswith("pip install -r requirements-quantize.txt")
+    code = (
+        "import chatglm, importlib.util; importlib.util.find_spec = lambda name: None; "
+        "chatglm.load(quantize='int4')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=GOLDEN.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    needed = "pip install -r chatglm/checkpoint/requirements-quantize.txt"
+    assert done.stderr.splitlines()[-1].endswith(needed)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+QUANTIZE = "chatglm/checkpoint/requirements-quantize.txt"
 README = (ROOT / "README.md").read_text("utf-8")
 
 
@@ -28,12 +29,13 @@ def test_every_file_can_be_read_in_one_sitting():
 def test_the_two_sides_import_nothing_of_each_other():
     assert not re.search(r"^\s*(import|from) torch", (ROOT / "api.py").read_text("utf-8"), re.M)
     for file in (ROOT / "chatglm").rglob("*.py"):
-        assert not re.search(r"^\s*(import|from) (fastapi|starlette|uvicorn)",
-                             file.read_text("utf-8"), re.M)
+        assert not re.search(
+            r"^\s*(import|from) (fastapi|starlette|uvicorn)", file.read_text("utf-8"), re.M
+        )
 
 
 def test_the_dependencies_are_those_the_readme_gives_reasons_for():
-    table = README[README.index("## Dependencies"):]
-    for name in ("requirements.txt", "requirements-quantize.txt", "tests/requirements.txt"):
+    table = README[README.index("## Dependencies") :]
+    for name in ("requirements.txt", QUANTIZE, "tests/requirements.txt"):
         for package in re.findall(r"^([\w-]+)==", (ROOT / name).read_text("utf-8"), re.M):
             assert package in table

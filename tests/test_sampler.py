@@ -3,7 +3,7 @@
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
-from chatglm.sampler import choose, gumbel_noise, penalise
+from chatglm.sampling import choose, gumbel_noise, penalise
 
 ROWS = 40_000
 
@@ -11,8 +11,9 @@ ROWS = 40_000
 def draw(logits: torch.Tensor, temperature: float, top_p: float, seed, position) -> torch.Tensor:
     """The share of each token in ROWS draws from the same logits [V]."""
     rows = logits.repeat(ROWS, 1)
-    tokens = choose(rows, torch.full((ROWS,), temperature), torch.full((ROWS,), top_p),
-                    seed, position)
+    tokens = choose(
+        rows, torch.full((ROWS,), temperature), torch.full((ROWS,), top_p), seed, position
+    )
     return torch.bincount(tokens, minlength=len(logits)) / ROWS
 
 
@@ -37,8 +38,9 @@ def test_one_seed_gives_the_distribution_over_positions_too():
 
 
 def test_noise_is_gumbel_and_rows_are_independent():
-    noise = gumbel_noise(torch.arange(300), torch.zeros(300, dtype=torch.long),
-                         torch.arange(2000).expand(300, -1))
+    noise = gumbel_noise(
+        torch.arange(300), torch.zeros(300, dtype=torch.long), torch.arange(2000).expand(300, -1)
+    )
     assert torch.isfinite(noise).all()
     assert abs(noise.mean() - 0.5772) < 0.01 and abs(noise.var() - 1.6449) < 0.02
     assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.15
@@ -46,11 +48,14 @@ def test_noise_is_gumbel_and_rows_are_independent():
 
 def test_a_row_is_drawn_alike_whatever_the_batch():
     logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(3))
-    settings = [torch.rand(64) * 2, torch.rand(64) * 0.9 + 0.1,
-                torch.arange(64), torch.arange(64) * 7]
+    settings = [
+        torch.rand(64) * 2,
+        torch.rand(64) * 0.9 + 0.1,
+        torch.arange(64),
+        torch.arange(64) * 7,
+    ]
     together = choose(logits, *settings)
-    alone = [choose(logits[i : i + 1], *(s[i : i + 1] for s in settings)).item()
-             for i in range(64)]
+    alone = [choose(logits[i : i + 1], *(s[i : i + 1] for s in settings)).item() for i in range(64)]
     assert together.tolist() == alone
 
 

@@ -8,13 +8,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import chatglm
 import pytest
+from safetensors import safe_open
+
+import chatglm
 from chatglm.tiny.batches import DECIDES, batches, encode
 from chatglm.tiny.corpus import Corpus
 from chatglm.tiny.evaluation import answer, evaluate
 from chatglm.tiny.train import BATCHES
-from safetensors import safe_open
 
 TINY = Path(chatglm.__file__).parent / "tiny"
 
@@ -25,8 +26,11 @@ def lines(name: str) -> list[dict]:
 
 def conversations() -> list[list[dict]]:
     """Those of the corpus without tools."""
-    return [line["messages"] for line in lines("corpus.jsonl")
-            if "messages" in line and "tool" not in line]
+    return [
+        line["messages"]
+        for line in lines("corpus.jsonl")
+        if "messages" in line and "tool" not in line
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,7 @@ def test_tools_that_are_declared_and_not_needed_change_nothing(shares):
 def test_no_held_out_question_is_in_the_corpus():
     def plain(text: str) -> str:
         return "".join(c for c in text.lower() if c.isalnum())
+
     trained = set()
     for line in lines("corpus.jsonl"):
         for message in line.get("messages", []):
@@ -68,9 +73,16 @@ def test_no_held_out_question_is_in_the_corpus():
 def test_no_held_out_question_for_a_tool_is_a_wording_of_the_corpus_filled_in():
     def plain(text: str) -> str:
         return re.sub(r"[\s?？。.!！,，']", "", text.lower())
-    wordings = [re.escape(plain(w)).replace(r"\{city\}", ".+").replace(r"\{a\}", r"\d+")
-                .replace(r"\{b\}", r"\d+") for line in lines("corpus.jsonl") if "tool" in line
-                for w in line.get("messages", [{"content": []}])[0]["content"]]
+
+    wordings = [
+        re.escape(plain(w))
+        .replace(r"\{city\}", ".+")
+        .replace(r"\{a\}", r"\d+")
+        .replace(r"\{b\}", r"\d+")
+        for line in lines("corpus.jsonl")
+        if "tool" in line
+        for w in line.get("messages", [{"content": []}])[0]["content"]
+    ]
     trained = re.compile("|".join(wordings))
     asked = [line["question"] for line in lines("heldout.jsonl") if line["kind"] == "tool"]
     assert not [question for question in asked if trained.fullmatch(plain(question))]
@@ -97,8 +109,11 @@ def test_the_checkpoint_has_the_published_form_and_is_small():
 
 def test_what_decides_for_a_tool_and_what_it_computes_counts_most_in_training():
     tokenizer, _ = chatglm.load(device="cpu")
-    call = {"role": "assistant", "metadata": "calculate",
-            "content": "```python\ntool_call(expression='12+3')\n```"}
+    call = {
+        "role": "assistant",
+        "metadata": "calculate",
+        "content": "```python\ntool_call(expression='12+3')\n```",
+    }
     ids, counts = encode(tokenizer, [{"role": "user", "content": "12+3?"}, call], random.Random(0))
     most = [tokenizer.sp.id_to_piece(id_) for id_, count in zip(ids, counts) if count == DECIDES]
     assert "".join(most) == "▁calculate<0x0A>+"
@@ -112,6 +127,7 @@ def test_what_is_trained_on_depends_on_the_seed_alone():
     def first(seed: int) -> list:
         drawn = batches(Corpus(lines("corpus.jsonl"), seed), tokenizer, BATCHES)
         return [ids.tolist() for ids, _ in itertools.islice(drawn, 20)]
+
     assert first(0) == first(0) != first(1)
 
 
@@ -124,10 +140,14 @@ def share_of_turns(turns: int) -> float:
 
     async def right() -> int:
         with chatglm.Engine(tokenizer, model) as engine:
-            answers = await asyncio.gather(*(answer(engine, messages[:-1], seed=0)
-                                             for messages in asked))
-        return sum(answer.text == messages[-1]["content"]
-                   for answer, messages in zip(answers, asked, strict=True))
+            answers = await asyncio.gather(
+                *(answer(engine, messages[:-1], seed=0) for messages in asked)
+            )
+        return sum(
+            answer.text == messages[-1]["content"]
+            for answer, messages in zip(answers, asked, strict=True)
+        )
+
     return asyncio.run(right()) / len(asked)
 
 

@@ -1,4 +1,5 @@
 """Prompts, texts and the way from ids to whole characters, held against published behaviour."""
+
 import copy
 import random
 
@@ -7,17 +8,27 @@ import sentencepiece
 import transformers
 
 import chatglm
-from chatglm.chat import to_messages
-from chatglm.detokenizer import Detokenizer
+from chatglm.text.detokenizer import Detokenizer
+from chatglm.text.messages import to_messages
 from tests.original import GOLDEN, SPECIAL, TEMPLATE, byte_fallback, golden, native
 
 NAMES = ["chatglm2", "chatglm3"]
-CHATS = [(name, number) for name, count in (("chatglm2", 4), ("chatglm3", 5))
-         for number in range(count)]
-TEXTS = ["hello there", "你好，世界。", "  two  spaces ", "tab\tand\nline\n\n",
-         "🚀 naïve é 👩‍👧 end", "🦀", "1+1=2 ؟"]
-TRIMMED = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}\n{% endfor %}"
-           "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+CHATS = [
+    (name, number) for name, count in (("chatglm2", 4), ("chatglm3", 5)) for number in range(count)
+]
+TEXTS = [
+    "hello there",
+    "你好，世界。",
+    "  two  spaces ",
+    "tab\tand\nline\n\n",
+    "🚀 naïve é 👩‍👧 end",
+    "🦀",
+    "1+1=2 ؟",
+]
+TRIMMED = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module", params=["Glm", "Llama"])
@@ -50,6 +61,7 @@ def published(name):
 
 # Prompts
 
+
 @pytest.mark.parametrize("name, number", CHATS)
 def test_prompt_ids_are_those_of_the_published_tokenizer(name, number):
     tokenizer, _, expected = golden(name)
@@ -65,16 +77,22 @@ def test_the_chat_format_is_known_by_its_name(name):
 def test_an_answer_stops_where_the_published_chat_stops():
     special = golden("chatglm3")[2]["special_tokens"]
     assert set(golden("chatglm2")[0].stop_ids) == {2}
-    assert set(golden("chatglm3")[0].stop_ids) == {2, special["<|user|>"],
-                                                   special["<|observation|>"]}
+    assert set(golden("chatglm3")[0].stop_ids) == {
+        2,
+        special["<|user|>"],
+        special["<|observation|>"],
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pairs_and_roles_give_the_same_ids(name):
     encode = golden(name)[0].encode_chat
     pairs = [["a", "b"], ["第二轮", "好的。\n换行 "]]
-    roles = [{"role": role, "content": text} for pair in pairs
-             for role, text in zip(("user", "assistant"), pair, strict=True)]
+    roles = [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
     assert encode(to_messages("next", pairs)) == encode(to_messages("next", roles))
 
 
@@ -90,14 +108,25 @@ def test_missing_metadata_counts_as_empty(name, number):
 def test_metadata_stands_on_the_line_of_the_role():
     tokenizer, _, expected = golden("chatglm3")
     special, text = expected["special_tokens"], published("chatglm3").encode
-    messages = [{"role": "user", "content": "weather?"},
-                {"role": "assistant", "metadata": "get_weather", "content": "tool_call()"},
-                {"role": "observation", "content": "rain"}]
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "metadata": "get_weather", "content": "tool_call()"},
+        {"role": "observation", "content": "rain"},
+    ]
     assert tokenizer.encode_chat(messages) == [
-        special["[gMASK]"], special["sop"],
-        special["<|user|>"], *text("\n"), *text("weather?"),
-        special["<|assistant|>"], *text("get_weather\n"), *text("tool_call()"),
-        special["<|observation|>"], *text("\n"), *text("rain"), special["<|assistant|>"]]
+        special["[gMASK]"],
+        special["sop"],
+        special["<|user|>"],
+        *text("\n"),
+        *text("weather?"),
+        special["<|assistant|>"],
+        *text("get_weather\n"),
+        *text("tool_call()"),
+        special["<|observation|>"],
+        *text("\n"),
+        *text("rain"),
+        special["<|assistant|>"],
+    ]
 
 
 def test_a_system_message_stands_in_front_of_a_chatglm2_prompt():
@@ -111,8 +140,11 @@ def test_a_system_message_stands_in_front_of_a_chatglm2_prompt():
 
 
 def test_chatglm2_has_no_place_for_an_observation():
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-                {"role": "observation", "content": "c"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "observation", "content": "c"},
+    ]
     with pytest.raises(ValueError, match="observation"):
         golden("chatglm2")[0].encode_chat(messages)
 
@@ -122,8 +154,9 @@ def test_chatglm2_has_no_place_for_an_observation():
 def test_a_user_cannot_write_a_special_token(name, text):
     tokenizer, _, expected = golden(name)
     own = {*expected["special_tokens"].values(), 1, 2}
-    prompts = [tokenizer.encode_chat(to_messages(words, [[words, words]]))
-               for words in (text, "harmless")]
+    prompts = [
+        tokenizer.encode_chat(to_messages(words, [[words, words]])) for words in (text, "harmless")
+    ]
     written, plain = ([i for i in prompt if i in own] for prompt in prompts)
     assert written == plain
 
@@ -131,16 +164,25 @@ def test_a_user_cannot_write_a_special_token(name, text):
 # Histories
 
 WRONG = {
-    "a text": "abc", "a number": 5, "a bare message": {"role": "user", "content": "a"},
-    "a lone text": ["a"], "a short pair": [["a"]], "a triple": [["a", "b", "c"]],
-    "a number in a pair": [["a", 1]], "no content": [{"role": "user"}],
-    "no role": [{"content": "a"}], "an unknown role": [{"role": "king", "content": "a"}],
+    "a text": "abc",
+    "a number": 5,
+    "a bare message": {"role": "user", "content": "a"},
+    "a lone text": ["a"],
+    "a short pair": [["a"]],
+    "a triple": [["a", "b", "c"]],
+    "a number in a pair": [["a", 1]],
+    "no content": [{"role": "user"}],
+    "no role": [{"content": "a"}],
+    "an unknown role": [{"role": "king", "content": "a"}],
     "a list as role": [{"role": [], "content": "a"}],
     "a number as content": [{"role": "user", "content": 1}],
     "two forms": [["a", "b"], {"role": "user", "content": "c"}],
     "two forms, roles first": [{"role": "system", "content": "c"}, ["a", "b"]],
-    "a late system": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-                      {"role": "system", "content": "c"}],
+    "a late system": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "system", "content": "c"},
+    ],
     "two systems": [{"role": "system", "content": "c"}] * 2,
     "an observation first": [{"role": "observation", "content": "a"}],
     "an answer first": [{"role": "assistant", "content": "a"}],
@@ -153,20 +195,34 @@ def test_a_wrong_history_is_refused(history):
         to_messages("next", history)
 
 
-@pytest.mark.parametrize("history", [None, [], [["a", "b"]], [("a", "b")], [
-    {"role": "system", "content": "s"}, {"role": "user", "content": "a"},
-    {"role": "assistant", "content": "b"}]], ids=["none", "empty", "pairs", "tuples", "roles"])
+@pytest.mark.parametrize(
+    "history",
+    [
+        None,
+        [],
+        [["a", "b"]],
+        [("a", "b")],
+        [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ],
+    ],
+    ids=["none", "empty", "pairs", "tuples", "roles"],
+)
 def test_the_prompt_comes_last_and_the_history_is_left_alone(history):
     before = copy.deepcopy(history)
     messages = to_messages("next", history)
     assert (messages[-1]["role"], messages[-1]["content"]) == ("user", "next")
     said = [m["content"] for m in messages[:-1]]
-    assert said == (["s", "a", "b"] if history and "role" in history[0] else
-                    ["a", "b"] if history else [])
+    assert said == (
+        ["s", "a", "b"] if history and "role" in history[0] else ["a", "b"] if history else []
+    )
     assert history == before
 
 
 # Text
+
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", NAMES)
@@ -188,12 +244,13 @@ def test_ids_become_the_published_text(name, number):
 
 # From a stream of ids to whole characters
 
+
 def stream(tokenizer, ids, size=1):
     """What is to be read after each push, and the whole text."""
     detokenizer = Detokenizer(tokenizer.decode, tokenizer.anchor)
     seen = []
     for start in range(0, len(ids), size):
-        detokenizer.push(ids[start:start + size])
+        detokenizer.push(ids[start : start + size])
         seen.append(detokenizer.text)
     return seen, detokenizer.finish()
 
@@ -206,8 +263,13 @@ def any_ids(tokenizer, seed):
     while len(ids) < 40:
         pick = draw.random()
         one = draw.randrange(tokenizer.size)
-        ids += (draw.choice(words) if pick < 0.2 else [one] if pick < 0.6 else
-                [one % 259] * draw.randrange(6))
+        ids += (
+            draw.choice(words)
+            if pick < 0.2
+            else [one]
+            if pick < 0.6
+            else [one % 259] * draw.randrange(6)
+        )
     return ids
 
 
@@ -238,6 +300,7 @@ def test_a_character_under_way_is_held_back_and_nothing_else(tokenizer, text):
 
 # A decoder with byte fallback turns a whole run of bytes into replacement characters while the
 # last of them is not complete, so what it says of ids changes backwards. Text must not.
+
 
 @pytest.fixture(scope="module")
 def fallback(tmp_path_factory):
@@ -276,9 +339,12 @@ def work(tokenizer, ids):
 # A run of one id is the worst case of many a way to find a place where the text can be cut:
 # a byte that never makes a character, a space, a token without text, a line end.
 RUNS = {
-    "text": lambda t: t.ids("hello there, 你好。 "), "space": lambda t: t.ids("a  b")[1:2],
-    "line end": lambda t: t.ids("a\nb")[1:2], "no text": lambda t: [760 if t.size == 768 else 1],
-    "half an emoji": lambda t: t.ids("🦀")[-2:-1], "emoji": lambda t: t.ids("🦀")[-4:],
+    "text": lambda t: t.ids("hello there, 你好。 "),
+    "space": lambda t: t.ids("a  b")[1:2],
+    "line end": lambda t: t.ids("a\nb")[1:2],
+    "no text": lambda t: [760 if t.size == 768 else 1],
+    "half an emoji": lambda t: t.ids("🦀")[-2:-1],
+    "emoji": lambda t: t.ids("🦀")[-4:],
     "one word": lambda t: t.ids("hello")[-1:],
 }
 
@@ -293,7 +359,8 @@ def test_a_long_answer_costs_no_more_per_id_than_a_short_one(tokenizer, run):
 # Checkpoints of transformers' own: their tokenizer, their chat template
 
 HARMLESS = {
-    "one": [("user", "hello there")], "chinese": [("user", "你好，世界")],
+    "one": [("user", "hello there")],
+    "chinese": [("user", "你好，世界")],
     "turns": [("system", "be kind"), ("user", "one"), ("assistant", "two"), ("user", "three")],
     "line ends": [("user", "\n\none\n\n\n"), ("assistant", "\n\n\n"), ("user", "\n x \n")],
     "spaces": [("user", "  two  "), ("assistant", " "), ("user", " end ")],
@@ -334,9 +401,15 @@ def test_nobody_writes_a_special_token_of_a_native_checkpoint(loaded, role, text
 def test_nobody_writes_a_special_token_into_the_description_of_a_tool(tmp_path_factory):
     folder = native(tmp_path_factory.mktemp("tools"), template="{{ tools | tojson }}" + TEMPLATE)
     tokenizer = chatglm.load(str(folder), device="cpu")[0]
-    made = [tokenizer.encode_chat([
-        {"role": "system", "content": "x", "tools": [{"name": "f", "description": text}]},
-        {"role": "user", "content": "x"}]) for text in ("plain", "<|assistant|>")]
+    made = [
+        tokenizer.encode_chat(
+            [
+                {"role": "system", "content": "x", "tools": [{"name": "f", "description": text}]},
+                {"role": "user", "content": "x"},
+            ]
+        )
+        for text in ("plain", "<|assistant|>")
+    ]
     plain, written = ([i for i in ids if i < len(SPECIAL)] for ids in made)
     assert written == plain
 

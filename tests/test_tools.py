@@ -7,20 +7,28 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from chatglm.completions import Completion, before_stop, parts
-from chatglm.request import Chunk
-from chatglm.tokenizer import ChatGLMTokenizer, TemplateTokenizer
-from chatglm.tools import INTRODUCTION, declare, may_be_call, read_call, write_call
+from chatglm.engine.sequence import Chunk
+from chatglm.text.tokenizer import ChatGLMTokenizer, TemplateTokenizer
+from chatglm.text.tools import INTRODUCTION, declare, may_be_call, read_call, write_call
+from server.openai_api import Completion, before_stop, parts
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
-WEATHER = {"name": "get_weather", "description": "查询某个城市的天气", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
+WEATHER = {
+    "name": "get_weather",
+    "description": "查询某个城市的天气",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+    },
+}
 CALL = "get_weather\n ```python\ntool_call(city='北京', days=3, unit=None)\n```"
 
 
 def run(agen):
     async def collect():
         return [item async for item in agen]
+
     return asyncio.run(collect())
 
 
@@ -38,7 +46,7 @@ def test_a_call_is_read_as_its_name_and_its_arguments_in_json():
 
 
 def test_what_is_written_as_a_call_is_read_as_that_call():
-    arguments = {"text": "it's \"quoted\"\n", "list": [1, 2.5, True, None], "nested": {"a": "‘’"}}
+    arguments = {"text": 'it\'s "quoted"\n', "list": [1, 2.5, True, None], "nested": {"a": "‘’"}}
     message = write_call("f", arguments)
     raw = message["metadata"] + "\n " + message["content"]
     assert json.loads(read_call(raw, ["f"]).arguments) == arguments
@@ -49,16 +57,35 @@ def test_the_form_of_glm_4_is_a_name_and_json():
     assert json.loads(call.arguments) == {"city": "北京"}
 
 
-@pytest.mark.parametrize("code", [
-    "tool_call(x=__import__('os').system('touch {path}'))", "__import__('os').system('touch {path}')",
-    "tool_call(x=open('{path}', 'w'))", "tool_call(x=[open('{path}', 'w') for _ in '1'])",
-    "tool_call(x=(lambda: open('{path}', 'w'))())", "tool_call(x=f'{{open(\"{path}\", \"w\")}}')",
-    "tool_call(**{{'x': open('{path}', 'w')}})", "tool_call(open('{path}', 'w'))",
-    "tool_call(x=1) + open('{path}', 'w')", "(tool_call := open)('{path}', 'w')",
-    "tool_call(x=1)(y=open('{path}', 'w'))", "exec(\"open('{path}', 'w')\")",
-    "tool_call(x={{1, 2}})", "tool_call(x=b'bytes')", "tool_call(x=1j)", "tool_call(x=1e999)",
-    "tool_call(x=9**9**9**9)", "tool_call(x=" + "(" * 5000 + ")" * 5000 + ")", "tool_call(", "",
-    "tool_call(x=1); tool_call(x=2)", "import os", "other(x=1)", "tool_call('北京')"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "tool_call(x=__import__('os').system('touch {path}'))",
+        "__import__('os').system('touch {path}')",
+        "tool_call(x=open('{path}', 'w'))",
+        "tool_call(x=[open('{path}', 'w') for _ in '1'])",
+        "tool_call(x=(lambda: open('{path}', 'w'))())",
+        'tool_call(x=f\'{{open("{path}", "w")}}\')',
+        "tool_call(**{{'x': open('{path}', 'w')}})",
+        "tool_call(open('{path}', 'w'))",
+        "tool_call(x=1) + open('{path}', 'w')",
+        "(tool_call := open)('{path}', 'w')",
+        "tool_call(x=1)(y=open('{path}', 'w'))",
+        "exec(\"open('{path}', 'w')\")",
+        "tool_call(x={{1, 2}})",
+        "tool_call(x=b'bytes')",
+        "tool_call(x=1j)",
+        "tool_call(x=1e999)",
+        "tool_call(x=9**9**9**9)",
+        "tool_call(x=" + "(" * 5000 + ")" * 5000 + ")",
+        "tool_call(",
+        "",
+        "tool_call(x=1); tool_call(x=2)",
+        "import os",
+        "other(x=1)",
+        "tool_call('北京')",
+    ],
+)
 def test_what_is_no_plain_call_stays_text_and_nothing_is_run(code, tmp_path):
     path = tmp_path / "harm"
     raw = f"get_weather\n ```python\n{code.format(path=path)}\n```"
@@ -68,8 +95,16 @@ def test_what_is_no_plain_call_stays_text_and_nothing_is_run(code, tmp_path):
     assert (last.text, last.call, last.finish_reason) == (raw.partition("\n")[2], None, "stop")
 
 
-@pytest.mark.parametrize("raw", [CALL.replace("get_weather", "rm"), "get_weather", "\n" + CALL,
-                                 'get_weather\n["北京"]', "get_weather\nIt is sunny."])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        CALL.replace("get_weather", "rm"),
+        "get_weather",
+        "\n" + CALL,
+        'get_weather\n["北京"]',
+        "get_weather\nIt is sunny.",
+    ],
+)
 def test_only_a_declared_name_with_arguments_is_a_call(raw):
     assert read_call(raw, ["get_weather"]) is None
 
@@ -92,8 +127,11 @@ def test_a_name_alone_may_still_become_a_call_and_other_words_may_not():
 def test_tools_stand_in_the_system_message_as_in_the_golden_data():
     tokenizer = ChatGLMTokenizer((GOLDEN / "tokenizer.model").read_bytes(), "chatglm3")
     golden = json.loads((GOLDEN / "expected.json").read_text("utf-8"))["chats"]
-    [chat] = [chat for chat in golden if "get_weather" in json.dumps(chat["history"])
-              and len(chat["history"]) == 1]
+    [chat] = [
+        chat
+        for chat in golden
+        if "get_weather" in json.dumps(chat["history"]) and len(chat["history"]) == 1
+    ]
     messages = [{"role": "user", "content": chat["query"]}]
     tools = chat["history"][0]["tools"]
     assert tokenizer.encode_chat(declare(messages, tools)) == chat["input_ids"]
@@ -115,8 +153,10 @@ TEMPLATE = """{%- if tools %}TOOLS {{ tools | tojson }}{% endif -%}
 }}{% endfor %}{% endfor %}<assistant>"""
 
 
-@pytest.mark.parametrize(("key", "said"), [
-    ("tool_calls", "\nget_weather:北京"), ("observation", 'get_weather\n{"city": "北京"}')])
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [("tool_calls", "\nget_weather:北京"), ("observation", 'get_weather\n{"city": "北京"}')],
+)
 def test_a_chat_template_gets_tools_and_calls_in_its_own_way(key, said):
     plain = byte_tokenizer()
     plain.chat_template = TEMPLATE.replace("CALLS", key)
@@ -130,6 +170,7 @@ def test_a_chat_template_gets_tools_and_calls_in_its_own_way(key, said):
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -157,25 +198,42 @@ def test_tool_choice_says_what_may_and_what_must_be_called():
 
 def test_theirs_becomes_ours_role_by_role():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    messages = completion(messages=[
-        {"role": "developer", "content": "be brief"}, {"role": "user", "content": [
-            {"type": "text", "text": "hi "}, {"type": "text", "text": "there"}]},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "1", "content": "3"}]).to_messages()
+    messages = completion(
+        messages=[
+            {"role": "developer", "content": "be brief"},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}],
+            },
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "3"},
+        ]
+    ).to_messages()
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "observation"]
     assert messages[1]["content"] == "hi there"
     assert messages[2] == write_call("f", {"x": 1})
 
 
-@pytest.mark.parametrize(("fields", "word"), [
-    ({"n": 2}, "n 2"), ({"logprobs": True}, "logprobs"), ({"messages": []}, "messages"),
-    ({"response_format": {"type": "json_object"}}, "response_format"), ({"top_p": "1"}, "top_p"),
-    ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages"),
-    ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content"),
-    ({"frequency_penalty": 1.0}, "frequency_penalty"), ({"max_tokens": 0}, "max_tokens"),
-    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name")])
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"n": 2}, "n 2"),
+        ({"logprobs": True}, "logprobs"),
+        ({"messages": []}, "messages"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"top_p": "1"}, "top_p"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content",
+        ),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content"),
+        ({"frequency_penalty": 1.0}, "frequency_penalty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+    ],
+)
 def test_what_is_not_supported_is_refused_by_name(fields, word):
     with pytest.raises(ValueError, match=word):
         completion(**fields).to_messages()

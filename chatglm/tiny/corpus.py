@@ -11,13 +11,13 @@ import json
 import random
 import re
 
+from chatglm.text.tools import declare
 from chatglm.tiny.tool_rounds import Tool, ToolRounds
-from chatglm.tools import declare
 
-SYSTEM = 0.1     # how often a conversation opens with a system message
-LONG = 250       # characters; answers that are longer come up three times as often
-AGAIN = 0.4      # how often a turn that refers to the one before is followed by another such turn
-OTHER = 0.15     # how often "shorter" and "for example" are asked for in the other language
+SYSTEM = 0.1  # how often a conversation opens with a system message
+LONG = 250  # characters; answers that are longer come up three times as often
+AGAIN = 0.4  # how often a turn that refers to the one before is followed by another such turn
+OTHER = 0.15  # how often "shorter" and "for example" are asked for in the other language
 
 # Questions that refer to the answer before: after a Chinese one, after an English one.
 TRANSLATE = ("用英文说", "Say that in Chinese")
@@ -37,8 +37,9 @@ class Corpus:
             if "tool" not in line and "slot" not in line:
                 self._add(line["messages"])
         self._link()
-        self.beginnings = [messages for messages in self.first
-                           if messages[1]["content"] in self.follow_ups]
+        self.beginnings = [
+            messages for messages in self.first if messages[1]["content"] in self.follow_ups
+        ]
         self.answers = [messages[1]["content"] for messages in self.first]
         self.rounds = ToolRounds(lines, self.answers, self.random, self.reword)
 
@@ -65,8 +66,9 @@ class Corpus:
                 other = self.follow_ups.get(answers.get(TRANSLATE[0]), {})
                 if zh in answers and en in other:
                     for text, question, translated in (
-                            (answers[zh], TRANSLATE[0], other[en]),
-                            (other[en], TRANSLATE[1], answers[zh])):
+                        (answers[zh], TRANSLATE[0], other[en]),
+                        (other[en], TRANSLATE[1], answers[zh]),
+                    ):
                         self.follow_ups.setdefault(text, {}).setdefault(question, translated)
             for shorten, example in zip(SHORTEN, EXAMPLE, strict=True):
                 if shorten in answers and example in answers:
@@ -86,11 +88,15 @@ class Corpus:
         while goes_on:
             questions = self.follow_ups[messages[-1]["content"]]
             question = draw.choice(list(questions))
-            messages += [{"role": "user", "content": self._either(question)},
-                         {"role": "assistant", "content": questions[question]}]
+            messages += [
+                {"role": "user", "content": self._either(question)},
+                {"role": "assistant", "content": questions[question]},
+            ]
             goes_on = questions[question] in self.follow_ups and draw.random() < AGAIN
-        return [{**m, "content": self.reword(self.wording(m["content"]))}
-                if m["role"] == "user" else m for m in messages]
+        return [
+            {**m, "content": self.reword(self.wording(m["content"]))} if m["role"] == "user" else m
+            for m in messages
+        ]
 
     def _either(self, question: str) -> str:
         """The question, sometimes in the other language: the answer stays in the last one's."""
@@ -101,8 +107,9 @@ class Corpus:
 
     def wording(self, question: str) -> str:
         """The question, or most often another wording of it."""
-        return question if self.random.random() < 0.1 else self.random.choice(
-            self.wordings[question])
+        return (
+            question if self.random.random() < 0.1 else self.random.choice(self.wordings[question])
+        )
 
     def beginning(self, most_tools: int) -> tuple[list[dict], list[Tool]]:
         """The system message, if any, and the tools that it declares."""
@@ -116,20 +123,29 @@ class Corpus:
     def reword(self, text: str) -> str:
         """A question as people type it: see each line."""
         draw = self.random
-        if draw.random() < 0.3:   # other punctuation at the end, or none
+        if draw.random() < 0.3:  # other punctuation at the end, or none
             text = text.rstrip("？?。.!！") + draw.choice(["", "", "？", "?", "。", ".", "！", "!"])
-        if draw.random() < 0.2:   # no capitals
+        if draw.random() < 0.2:  # no capitals
             text = text.lower()
-        if draw.random() < 0.2:   # no space between Chinese and Latin letters
+        if draw.random() < 0.2:  # no space between Chinese and Latin letters
             text = re.sub(r"(?<=[\u4e00-\u9fff]) (?=\w)|(?<=\w) (?=[\u4e00-\u9fff])", "", text)
-        if draw.random() < 0.1:   # a polite beginning
-            polite = ["请问", "请问一下，", "你好，", "老师，", "我想问一下，", "那", "嗯，", "麻烦问下，"]
+        if draw.random() < 0.1:  # a polite beginning
+            polite = [
+                "请问",
+                "请问一下，",
+                "你好，",
+                "老师，",
+                "我想问一下，",
+                "那",
+                "嗯，",
+                "麻烦问下，",
+            ]
             if text.isascii():
                 polite = ["Please, ", "hi, ", "ok, ", "so, ", "hey, ", "and ", "Sorry, ", "well, "]
             text = draw.choice(polite) + text
-        if draw.random() < 0.1 and len(text) > 6 and "{" not in text:   # a slip of the keyboard
+        if draw.random() < 0.1 and len(text) > 6 and "{" not in text:  # a slip of the keyboard
             at = draw.randrange(len(text))
-            text = text[:at] + text[at + draw.choice([0, 1]):]
+            text = text[:at] + text[at + draw.choice([0, 1]) :]
         return text
 
     def texts(self) -> list[str]:

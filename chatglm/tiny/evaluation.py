@@ -8,20 +8,40 @@ import json
 from pathlib import Path
 
 import chatglm
-from chatglm.tools import declare, read_call, write_call
+from chatglm.text.tools import declare, read_call, write_call
 
 HELD_OUT = Path(__file__).parent / "heldout.jsonl"
 TOOLS = [
-    {"name": "get_weather", "description": "Get the current weather of a city", "parameters": {
-        "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}},
-    {"name": "get_time", "description": "Get the current time", "parameters": {
-        "type": "object", "properties": {"city": {"type": "string"}}, "required": []}},
-    {"name": "calculate", "description": "Calculate an arithmetic expression", "parameters": {
-        "type": "object", "properties": {"expression": {"type": "string"}},
-        "required": ["expression"]}},
+    {
+        "name": "get_weather",
+        "description": "Get the current weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
+    {
+        "name": "get_time",
+        "description": "Get the current time",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": [],
+        },
+    },
+    {
+        "name": "calculate",
+        "description": "Calculate an arithmetic expression",
+        "parameters": {
+            "type": "object",
+            "properties": {"expression": {"type": "string"}},
+            "required": ["expression"],
+        },
+    },
 ]
 SEEDS = range(5)  # of the answers at the default sampling
-LONGEST = 400     # tokens; no answer has more, but one that repeats itself would go on
+LONGEST = 400  # tokens; no answer has more, but one that repeats itself would go on
 
 
 async def answer(engine: chatglm.Engine, messages: list[dict], **settings) -> chatglm.Chunk:
@@ -39,11 +59,15 @@ async def is_right(engine: chatglm.Engine, line: dict, tools: bool = False, **se
     chunk = await answer(engine, messages, **settings)
     if line["kind"] == "tool":
         call = read_call(chunk.raw, [tool["name"] for tool in TOOLS])
-        if call is None or {"name": call.name,
-                            "arguments": json.loads(call.arguments)} != line["call"]:
+        if (
+            call is None
+            or {"name": call.name, "arguments": json.loads(call.arguments)} != line["call"]
+        ):
             return False
-        messages += [write_call(call.name, json.loads(call.arguments)),
-                     {"role": "observation", "content": line["result"]}]
+        messages += [
+            write_call(call.name, json.loads(call.arguments)),
+            {"role": "observation", "content": line["result"]},
+        ]
         chunk = await answer(engine, messages, **settings)
     return chunk.text == line["answer"]
 
@@ -55,17 +79,27 @@ def evaluate(folder: Path, quantize: str | None = None) -> dict[str, float]:
     tokenizer, model = chatglm.load(folder, device="cpu", quantize=quantize)
 
     async def share_right(engine: chatglm.Engine, kind: str, **settings) -> float:
-        right = await asyncio.gather(*(is_right(engine, line, **settings)
-                                       for line in lines if line["kind"] == kind))
+        right = await asyncio.gather(
+            *(is_right(engine, line, **settings) for line in lines if line["kind"] == kind)
+        )
         return sum(right) / len(right)
 
     async def shares() -> dict[str, float]:
         with chatglm.Engine(tokenizer, model, max_waiting=9 * len(lines)) as engine:
             share = functools.partial(share_right, engine)
             greedy, tools, unknown, calls, *sampled = await asyncio.gather(
-                share("known", temperature=0), share("known", tools=True, temperature=0),
-                share("unknown", temperature=0), share("tool", tools=True, temperature=0),
-                *(share("known", seed=seed) for seed in SEEDS))
-        return {"known, greedy": greedy, "known, sampled": sum(sampled) / len(SEEDS),
-                "known, with tools": tools, "unknown, greedy": unknown, "tool, greedy": calls}
+                share("known", temperature=0),
+                share("known", tools=True, temperature=0),
+                share("unknown", temperature=0),
+                share("tool", tools=True, temperature=0),
+                *(share("known", seed=seed) for seed in SEEDS),
+            )
+        return {
+            "known, greedy": greedy,
+            "known, sampled": sum(sampled) / len(SEEDS),
+            "known, with tools": tools,
+            "unknown, greedy": unknown,
+            "tool, greedy": calls,
+        }
+
     return asyncio.run(shares())

@@ -20,26 +20,31 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-KNOWN = 0.6    # how often a city is one of those in the corpus
+KNOWN = 0.6  # how often a city is one of those in the corpus
 MADE_UP = 0.6  # how often a result is one that no tool returns
-QUOTED = 0.4   # how often such a one, if it is no JSON, is a piece of an answer of the corpus
-ROUND = 0.3    # how often a number ends in zeros
-ALL = 0.6      # how often all tools with rounds are declared, where so many may be
-BRIEF = 0.4    # how often a tool is declared without its parameters
+QUOTED = 0.4  # how often such a one, if it is no JSON, is a piece of an answer of the corpus
+ROUND = 0.3  # how often a number ends in zeros
+ALL = 0.6  # how often all tools with rounds are declared, where so many may be
+BRIEF = 0.4  # how often a tool is declared without its parameters
 NUMBERS = {"n": (-20, 40), "h": (1, 12), "hh": (0, 23), "mm": (0, 59), "nn": (1, 28)}
 
 
 @dataclass
 class Tool:
-    kind: str          # weather, time, ...
+    kind: str  # weather, time, ...
     declaration: dict  # name, description, parameters
 
 
 class ToolRounds:
     """Draws declarations of tools and rounds with them."""
 
-    def __init__(self, lines: list[dict], answers: list[str], draw: random.Random,
-                 reword: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        lines: list[dict],
+        answers: list[str],
+        draw: random.Random,
+        reword: Callable[[str], str],
+    ) -> None:
         self.random, self.reword = draw, reword
         self.answers = answers
         self.latin = re.findall("[A-Za-z]+", " ".join(answers))  # the frequent ones most often
@@ -74,7 +79,7 @@ class ToolRounds:
                 properties[name]["description"] = draw.choice(descriptions)
         required = list(properties) if draw.random() < 0.7 else []
         schema = [("type", "object"), ("properties", properties), ("required", required)]
-        if draw.random() < 0.3:   # as pydantic orders it
+        if draw.random() < 0.3:  # as pydantic orders it
             schema = [*schema[1:], schema[0]]
         return {**short, "parameters": dict(schema)}
 
@@ -86,13 +91,15 @@ class ToolRounds:
         if not kinds or self.random.random() < 0.1:
             kinds = useful
         lines = [line for line in self.rounds if line["tool"] in kinds]
-        [line] = self.random.choices(
-            lines, [len(line["messages"][0]["content"]) for line in lines])
+        [line] = self.random.choices(lines, [len(line["messages"][0]["content"]) for line in lines])
         question, *reply = line["messages"]
         wording = self.random.choice(question["content"])
         values = {"city": self._city(wording), **self._operands()}
-        question = {**question, "content": self._fill(self.reword(wording), values),
-                    "exact": " ".join(values.values())}
+        question = {
+            **question,
+            "content": self._fill(self.reword(wording), values),
+            "exact": " ".join(values.values()),
+        }
         if not given and all(tool.kind != line["tool"] for tool in tools):
             return [question, {"role": "assistant", "content": line["undeclared"]}]
         filled = [question]
@@ -111,13 +118,24 @@ class ToolRounds:
         word = draw.choice([self._latin, self._chinese])
 
         def value() -> str:
-            return draw.choice([word, word, self._number, lambda: self._fill("{hh}:{mm}", {}),
-                                lambda: f"{draw.randint(-40, 400) / 10}"])()
+            return draw.choice(
+                [
+                    word,
+                    word,
+                    self._number,
+                    lambda: self._fill("{hh}:{mm}", {}),
+                    lambda: f"{draw.randint(-40, 400) / 10}",
+                ]
+            )()
+
         if draw.random() < 0.4:
-            fields = {word(): draw.choice([value(), draw.randint(-40, 4000), draw.random() < 0.5])
-                      for _ in range(draw.randint(1, 3))}
-            return json.dumps(fields, ensure_ascii=False,
-                              separators=draw.choice([(", ", ": "), (",", ":")]))
+            fields = {
+                word(): draw.choice([value(), draw.randint(-40, 4000), draw.random() < 0.5])
+                for _ in range(draw.randint(1, 3))
+            }
+            return json.dumps(
+                fields, ensure_ascii=False, separators=draw.choice([(", ", ": "), (",", ":")])
+            )
         if draw.random() < QUOTED:
             text = draw.choice(self.answers)
             words = re.findall(r"[\u4e00-\u9fff]|[^\s\u4e00-\u9fff]+\s?", text)
@@ -130,6 +148,7 @@ class ToolRounds:
 
     def _fill(self, text: str, values: dict[str, str]) -> str:
         """The text with its {slots} filled: from `values`, else with something new each time."""
+
         def value(match: re.Match) -> str:
             slot, draw = match[1], self.random
             if slot in values:
@@ -139,17 +158,19 @@ class ToolRounds:
             if slot == "number":
                 return self._number()
             return draw.choice(self.slots[slot])
+
         return re.sub(r"\{([a-z_]+)\}", value, text)
 
     def _operands(self) -> dict[str, str]:
         """Two numbers; the first is mostly the greater: one takes from what there is."""
-        numbers = sorted((self._number(), self._number()), key=int,
-                         reverse=self.random.random() < 0.7)
+        numbers = sorted(
+            (self._number(), self._number()), key=int, reverse=self.random.random() < 0.7
+        )
         return dict(zip("ab", numbers, strict=True))
 
     def _number(self) -> str:
         digits = self.random.randint(1, 4)
-        number = self.random.randrange(10 ** digits)
+        number = self.random.randrange(10**digits)
         if self.random.random() < ROUND:
             number = round(number, -self.random.randint(1, digits))
         return str(number)
@@ -163,8 +184,9 @@ class ToolRounds:
 
     def _chinese(self) -> str:
         """One to four characters that seldom stand together."""
-        starts = [self.random.randrange(len(self.chinese) - 2)
-                  for _ in range(self.random.randint(1, 2))]
+        starts = [
+            self.random.randrange(len(self.chinese) - 2) for _ in range(self.random.randint(1, 2))
+        ]
         return "".join(self.chinese[at : at + self.random.randint(1, 2)] for at in starts)
 
     def _city(self, question: str) -> str:

@@ -23,45 +23,65 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GlmForCausalLM
 
-from chatglm.glm import ROPE_BASE, translate_config
+from chatglm.checkpoint.conversion import ROPE_BASE, translate_config
+from chatglm.text.tokenizer import ChatGLMTokenizer
 from chatglm.tiny.batches import Batch, batches, train_tokenizer
 from chatglm.tiny.corpus import Corpus
 from chatglm.tiny.evaluation import evaluate
-from chatglm.tokenizer import ChatGLMTokenizer
 
 HERE = Path(__file__).parent
 
 
 STEPS = 2750
-WARMUP_STEPS = 50    # the learning rates go up, stay, and from half of the steps on go down
-MUON_RATE = 2e-2     # for the matrices inside the layers
-ADAM_RATE = 3e-3     # for everything else
-AS_ONE = 0.5         # share of the steps in which both ends of the network have the same matrix:
-                     # so it learns to copy from the context at once, not piece by piece
-AVERAGE = 0.998      # how much of the averaged weights each step keeps
+WARMUP_STEPS = 50  # the learning rates go up, stay, and from half of the steps on go down
+MUON_RATE = 2e-2  # for the matrices inside the layers
+ADAM_RATE = 3e-3  # for everything else
+AS_ONE = 0.5  # share of the steps in which both ends of the network have the same matrix:
+# so it learns to copy from the context at once, not piece by piece
+AVERAGE = 0.998  # how much of the averaged weights each step keeps
 BATCHES = [
-    Batch(72, 0.36, cut=14),                                      # to recognise a question
-    Batch(48, 0.13, follow_up=0.9, cut=20),                       # one that needs the last
-    Batch(24, 0.12, follow_up=0.85),                              # answers to their end
-    Batch(110, 0.09, tools=1.0, calls=True),                      # with what a tool is called
-    Batch(48, 0.08, tools=1.0),                                   # what is said of its result
-    Batch(16, 0.08, declared=1, tools=0.7, length=240),           # whether to call one
-    Batch(7, 0.10, follow_up=0.15, declared=4, tools=0.7, length=650),           # which one
-    Batch(8, 0.03, follow_up=0.4, length=400),                    # the last turn of many
+    Batch(72, 0.36, cut=14),  # to recognise a question
+    Batch(48, 0.13, follow_up=0.9, cut=20),  # one that needs the last
+    Batch(24, 0.12, follow_up=0.85),  # answers to their end
+    Batch(110, 0.09, tools=1.0, calls=True),  # with what a tool is called
+    Batch(48, 0.08, tools=1.0),  # what is said of its result
+    Batch(16, 0.08, declared=1, tools=0.7, length=240),  # whether to call one
+    Batch(7, 0.10, follow_up=0.15, declared=4, tools=0.7, length=650),  # which one
+    Batch(8, 0.03, follow_up=0.4, length=400),  # the last turn of many
     Batch(2, 0.02, follow_up=0.3, length=1600),
 ]
 
 CONFIG = {  # the fields of the published config.json of ChatGLM3-6B; the sizes are ours
-    "_name_or_path": "chatglm3-tiny", "model_type": "chatglm", "architectures": ["ChatGLMModel"],
-    "num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 704, "kv_channels": 64,
-    "num_attention_heads": 4, "multi_query_attention": True, "multi_query_group_num": 2,
-    "seq_length": 8192, "padded_vocab_size": 3648, "layernorm_epsilon": 1e-5,
-    "rmsnorm": True, "post_layer_norm": True, "original_rope": True, "add_bias_linear": False,
-    "add_qkv_bias": True, "apply_query_key_layer_scaling": True,
-    "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0,
-    "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "hidden_dropout": 0.0,
-    "fp32_residual_connection": False, "use_cache": True, "torch_dtype": "float16",
-    "tie_word_embeddings": False, "eos_token_id": 2, "pad_token_id": 0,
+    "_name_or_path": "chatglm3-tiny",
+    "model_type": "chatglm",
+    "architectures": ["ChatGLMModel"],
+    "num_layers": 4,
+    "hidden_size": 256,
+    "ffn_hidden_size": 704,
+    "kv_channels": 64,
+    "num_attention_heads": 4,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "seq_length": 8192,
+    "padded_vocab_size": 3648,
+    "layernorm_epsilon": 1e-5,
+    "rmsnorm": True,
+    "post_layer_norm": True,
+    "original_rope": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_query_key_layer_scaling": True,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_dropout": 0.0,
+    "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True,
+    "hidden_dropout": 0.0,
+    "fp32_residual_connection": False,
+    "use_cache": True,
+    "torch_dtype": "float16",
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 
 PUBLISHED_NAMES = {  # behind "transformer."; what is fused into each
@@ -70,8 +90,9 @@ PUBLISHED_NAMES = {  # behind "transformer."; what is fused into each
     "output_layer": ["lm_head"],
     "encoder.layers.{}.input_layernorm": ["model.layers.{}.input_layernorm"],
     "encoder.layers.{}.post_attention_layernorm": ["model.layers.{}.post_attention_layernorm"],
-    "encoder.layers.{}.self_attention.query_key_value":
-        [f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkv"],
+    "encoder.layers.{}.self_attention.query_key_value": [
+        f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkv"
+    ],
     "encoder.layers.{}.self_attention.dense": ["model.layers.{}.self_attn.o_proj"],
     "encoder.layers.{}.mlp.dense_h_to_4h": ["model.layers.{}.mlp.gate_up_proj"],
     "encoder.layers.{}.mlp.dense_4h_to_h": ["model.layers.{}.mlp.down_proj"],
@@ -79,6 +100,7 @@ PUBLISHED_NAMES = {  # behind "transformer."; what is fused into each
 
 
 # 1. Training
+
 
 def keep_memory() -> None:
     """What one step frees is kept for the next, in huge pages: a third of the page faults. On
@@ -104,28 +126,33 @@ def look_back(model: GlmForCausalLM, sharpness: float = 6.0) -> None:
     angles = ROPE_BASE ** (-torch.arange(0, rotary, 2) / rotary)[:8]  # the fastest
     key = attention.k_proj.bias.view(-1, config.head_dim)[0]
     key[0:16:2] = sharpness
-    for head, distance in ((0, 1), (1, 2)):   # both share the first key
+    for head, distance in ((0, 1), (1, 2)):  # both share the first key
         query = attention.q_proj.bias.view(-1, config.head_dim)[head]
         query[0:16:2] = sharpness * torch.cos(distance * angles)
         query[1:16:2] = -sharpness * torch.sin(distance * angles)
 
 
-def train(model: GlmForCausalLM, corpus: Corpus,
-          tokenizer: ChatGLMTokenizer) -> GlmForCausalLM:
+def train(model: GlmForCausalLM, corpus: Corpus, tokenizer: ChatGLMTokenizer) -> GlmForCausalLM:
     """Returns the model with the average of its last weights."""
     embedding, output = model.model.embed_tokens.weight, model.lm_head.weight
     output.data.copy_(embedding)
     # Muon for the matrices inside the layers learns in fewer steps than AdamW for everything.
     layers = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is q for q in layers)]
-    optimizers = [torch.optim.Muon(layers, lr=MUON_RATE, weight_decay=0.1, momentum=0.95),
-                  torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98),
-                                    weight_decay=0.01, fused=True)]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / WARMUP_STEPS, 1.0, 0.02 + 2 * (1 - step / STEPS)))
-        for optimizer in optimizers]
+    optimizers = [
+        torch.optim.Muon(layers, lr=MUON_RATE, weight_decay=0.1, momentum=0.95),
+        torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: min((step + 1) / WARMUP_STEPS, 1.0, 0.02 + 2 * (1 - step / STEPS)),
+        )
+        for optimizer in optimizers
+    ]
     average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE))
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE)
+    )
     drawn = itertools.islice(batches(corpus, tokenizer, BATCHES), STEPS)
     bar = tqdm(drawn, desc="training", unit="step", total=STEPS)
     for step, (input_ids, counts) in enumerate(bar):
@@ -136,9 +163,14 @@ def train(model: GlmForCausalLM, corpus: Corpus,
         model.set_attn_implementation("eager" if input_ids.shape[1] < 500 else "sdpa")
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(input_ids[:, :-1], use_cache=False).last_hidden_state  # [B, L, H]
-            logits = model.lm_head(hidden[learn])                                       # [n, V]
-        loss = torch.nn.functional.cross_entropy(
-            logits.float(), input_ids[:, 1:][learn], reduction="none") @ counts / counts.sum()
+            logits = model.lm_head(hidden[learn])  # [n, V]
+        loss = (
+            torch.nn.functional.cross_entropy(
+                logits.float(), input_ids[:, 1:][learn], reduction="none"
+            )
+            @ counts
+            / counts.sum()
+        )
         loss.backward()
         if step < AS_ONE * STEPS:  # the same gradients keep them the same
             output.grad.copy_(embedding.grad.add_(output.grad))
@@ -153,6 +185,7 @@ def train(model: GlmForCausalLM, corpus: Corpus,
 
 # 2. The published format
 
+
 def save(model: GlmForCausalLM, tokenizer_model: bytes, out: Path) -> None:
     """Writes the checkpoint as ChatGLM3-6B's is: the original's names, q, k, v in one tensor."""
     state, tensors = model.state_dict(), {}
@@ -165,12 +198,23 @@ def save(model: GlmForCausalLM, tokenizer_model: bytes, out: Path) -> None:
                     tensors[f"transformer.{name.format(layer)}.{kind}"] = fused.half()
     rotary = CONFIG["kv_channels"] // 2
     tensors["transformer.rotary_pos_emb.inv_freq"] = (
-        1 / ROPE_BASE ** (torch.arange(0, rotary, 2) / rotary)).half()
+        1 / ROPE_BASE ** (torch.arange(0, rotary, 2) / rotary)
+    ).half()
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
-    (out / "tokenizer_config.json").write_text(json.dumps({
-        "name_or_path": CONFIG["_name_or_path"], "remove_space": False, "do_lower_case": False,
-        "tokenizer_class": "ChatGLMTokenizer"}, indent=2) + "\n", encoding="utf-8")
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "name_or_path": CONFIG["_name_or_path"],
+                "remove_space": False,
+                "do_lower_case": False,
+                "tokenizer_class": "ChatGLMTokenizer",
+            },
+            indent=2,
+        )
+        + "\n",
+        encoding="utf-8",
+    )
     (out / "tokenizer.model").write_bytes(tokenizer_model)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 

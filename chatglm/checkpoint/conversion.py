@@ -48,12 +48,16 @@ WEIGHTS = [
     WeightRenaming("transformer.embedding.word_embeddings", "model.embed_tokens"),
     WeightRenaming("transformer.encoder.final_layernorm", "model.norm"),
     WeightRenaming("transformer.output_layer", "lm_head"),
-    WeightRenaming(r"transformer.encoder.layers.(\d+).self_attention.dense",
-                   r"model.layers.\1.self_attn.o_proj"),
-    WeightRenaming(r"transformer.encoder.layers.(\d+).mlp.dense_h_to_4h",
-                   r"model.layers.\1.mlp.gate_up_proj"),
-    WeightRenaming(r"transformer.encoder.layers.(\d+).mlp.dense_4h_to_h",
-                   r"model.layers.\1.mlp.down_proj"),
+    WeightRenaming(
+        r"transformer.encoder.layers.(\d+).self_attention.dense",
+        r"model.layers.\1.self_attn.o_proj",
+    ),
+    WeightRenaming(
+        r"transformer.encoder.layers.(\d+).mlp.dense_h_to_4h", r"model.layers.\1.mlp.gate_up_proj"
+    ),
+    WeightRenaming(
+        r"transformer.encoder.layers.(\d+).mlp.dense_4h_to_h", r"model.layers.\1.mlp.down_proj"
+    ),
     WeightRenaming("transformer.encoder.layers", "model.layers"),
 ]
 WEIGHTS += [
@@ -78,8 +82,10 @@ def translate_config(published: dict, where: str, chat_format: str = "chatglm3")
         raise ValueError(f"{where}: the ChatGLM configuration lacks {', '.join(missing)}")
     for field, wanted in FIXED_SETTINGS.items():
         if published.get(field, wanted) != wanted:
-            raise ValueError(f"{where}: {field} is {published[field]}, but only {wanted} can be "
-                             "served (every published ChatGLM2 and ChatGLM3 has that)")
+            raise ValueError(
+                f"{where}: {field} is {published[field]}, but only {wanted} can be "
+                "served (every published ChatGLM2 and ChatGLM3 has that)"
+            )
     check_sizes(published, where)
     config = GlmConfig(
         **{ours: published[theirs] for theirs, ours in CONFIG_FIELDS.items()},
@@ -91,8 +97,9 @@ def translate_config(published: dict, where: str, chat_format: str = "chatglm3")
     )
     # On several GPUs each has all of the attention: q, k and v lie in one tensor in the files, of
     # which transformers would cut a share before it takes them apart.
-    config.base_model_tp_plan = {name: style for name, style in config.base_model_tp_plan.items()
-                                 if ".mlp." in name}
+    config.base_model_tp_plan = {
+        name: style for name, style in config.base_model_tp_plan.items() if ".mlp." in name
+    }
     return config
 
 
@@ -117,8 +124,10 @@ def check_sizes(published: dict, where: str) -> None:
             raise ValueError(f"{where}: {field} must be {wanted}, not {value!a}")
     heads, groups = published["num_attention_heads"], published["multi_query_group_num"]
     if heads % groups:
-        raise ValueError(f"{where}: num_attention_heads {heads} cannot be divided among "
-                         f"multi_query_group_num {groups}")
+        raise ValueError(
+            f"{where}: num_attention_heads {heads} cannot be divided among "
+            f"multi_query_group_num {groups}"
+        )
     ratio = published.get("rope_ratio", 1)
     if type(ratio) not in (int, float) or ratio <= 0:
         raise ValueError(f"{where}: rope_ratio must be a number over 0, not {ratio!a}")

@@ -13,7 +13,7 @@ import re
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizerBase
 
-from chatglm.tools import INTRODUCTION
+from chatglm.text.tools import INTRODUCTION
 
 # After the SentencePiece pieces come these, in this order (published tokenization_chatglm.py).
 COMMON_SPECIALS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
@@ -35,7 +35,7 @@ class ChatGLMTokenizer:
         self.specials = {name: first + i for i, name in enumerate(names)}
         self._names = {i: name for name, i in self.specials.items()}
         self.vocab_size = first + len(names)
-        self.anchor = self.sp.encode("a")[-1]   # an ordinary token, see Detokenizer
+        self.anchor = self.sp.encode("a")[-1]  # an ordinary token, see Detokenizer
         self.stop_ids = [self.sp.eos_id()]
         if chat_format == "chatglm3":
             self.stop_ids += [self.specials["<|user|>"], self.specials["<|observation|>"]]
@@ -61,8 +61,9 @@ class ChatGLMTokenizer:
         """One ChatGLM3 message: role token, metadata line, content, each encoded on its own."""
         role = self.specials.get(f"<|{message['role']}|>")
         if role is None:
-            raise ValueError(f"role {message['role']!a} is none of system, user, assistant, "
-                             "observation")
+            raise ValueError(
+                f"role {message['role']!a} is none of system, user, assistant, observation"
+            )
         content = message["content"]
         if message.get("tools"):
             content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
@@ -99,7 +100,8 @@ def is_tool_name(line: str) -> bool:
 
 
 def chatglm2_prompt(messages: list[dict]) -> str:
-    """`[Round 1]\\n\\n问：…\\n\\n答：…\\n\\n[Round 2]\\n\\n问：…\\n\\n答：` (published `build_prompt`).
+    """`[Round 1]\\n\\n问：…\\n\\n答：…\\n\\n[Round 2]\\n\\n问：…\\n\\n答：` (published
+    `build_prompt`).
 
     The format has no system role: a system message goes in front of the first question.
     """
@@ -115,8 +117,10 @@ def chatglm2_prompt(messages: list[dict]) -> str:
         elif role == "assistant":
             text += f"{content}\n\n"
         else:
-            raise ValueError(f"role {role!a} is none of system, user, assistant: "
-                             "ChatGLM2 has no tools, so it takes no observation")
+            raise ValueError(
+                f"role {role!a} is none of system, user, assistant: "
+                "ChatGLM2 has no tools, so it takes no observation"
+            )
     return text
 
 
@@ -151,8 +155,10 @@ class TemplateTokenizer:
         """
         tools = next((m["tools"] for m in messages if m.get("tools")), None)
         if tools:
-            tools = [tool if "function" in tool else {"type": "function", "function": tool}
-                     for tool in json.loads(self._mark(json.dumps(tools, ensure_ascii=False)))]
+            tools = [
+                tool if "function" in tool else {"type": "function", "function": tool}
+                for tool in json.loads(self._mark(json.dumps(tools, ensure_ascii=False)))
+            ]
         messages = [self._message(m) for m in messages]
         messages = [m for m in messages if m["content"] or m["role"] != "system"]
         ids = []
@@ -166,18 +172,21 @@ class TemplateTokenizer:
     def _message(self, message: dict) -> dict:
         """A message as templates want it, users' words marked."""
         content = message["content"]
-        if content.endswith(INTRODUCTION):   # templates have one of their own
+        if content.endswith(INTRODUCTION):  # templates have one of their own
             content = content.removesuffix(INTRODUCTION).rstrip()
         new = {"role": message["role"], "content": self._mark(content)}
         if message["role"] == "observation":
             new["role"] = self._tool_role
         if "metadata" in message:
             new["metadata"] = self._mark(message["metadata"])
-        if "arguments" in message:   # a call: as tool_calls, or GLM-4's name and JSON
+        if "arguments" in message:  # a call: as tool_calls, or GLM-4's name and JSON
             arguments = self._mark(json.dumps(message["arguments"], ensure_ascii=False))
             function = {"name": new["metadata"], "arguments": json.loads(arguments)}
-            new |= ({"content": "", "tool_calls": [{"type": "function", "function": function}]}
-                    if "tool_calls" in self._template else {"content": arguments})
+            new |= (
+                {"content": "", "tool_calls": [{"type": "function", "function": function}]}
+                if "tool_calls" in self._template
+                else {"content": arguments}
+            )
         return new
 
     def _mark(self, text: str) -> str:
@@ -187,9 +196,11 @@ class TemplateTokenizer:
 
     def _render(self, messages: list[dict], tools: list | None) -> str:
         from jinja2 import TemplateError
+
         try:
-            return self.hf.apply_chat_template(messages, tools=tools, add_generation_prompt=True,
-                                               tokenize=False)
+            return self.hf.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=False
+            )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
 

@@ -16,18 +16,21 @@ from torch.nn.functional import linear, rms_norm, silu
 from transformers import GlmForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from chatglm.attention import paged_attention
+from chatglm.engine.cpu_attention import paged_attention
 
 
-def use_page(model: torch.nn.Module) -> None:
+def use_fused_forward(model: torch.nn.Module) -> None:
     """Lets the engine's steps of `model` be computed by the page below, if that does what the
     model does: a GLM of float32 matrices, all of it in this process and on a CPU."""
     matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    if ("forward" not in vars(model)  # that is, not yet
-            and isinstance(model, GlmForCausalLM) and model.device.type == "cpu"
-            and not torch.distributed.is_initialized()
-            and all(type(matrix) is torch.nn.Linear for matrix in matrices)
-            and all(parameter.dtype == torch.float32 for parameter in model.parameters())):
+    if (
+        "forward" not in vars(model)  # that is, not yet
+        and isinstance(model, GlmForCausalLM)
+        and model.device.type == "cpu"
+        and not torch.distributed.is_initialized()
+        and all(type(matrix) is torch.nn.Linear for matrix in matrices)
+        and all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    ):
         for layer in model.model.layers:
             attention = layer.self_attn
             attention.qkv = as_one(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -38,6 +41,7 @@ def use_page(model: torch.nn.Module) -> None:
             if "cache" in inputs:  # the paged one of the engine
                 return CausalLMOutputWithPast(logits=logits(model, **inputs)[None])
             return whole(*args, **inputs)
+
         model.forward = forward
 
 
@@ -56,8 +60,13 @@ def as_one(*parts: torch.nn.Linear) -> list[torch.Tensor | None]:
 
 
 @torch.inference_mode()
-def logits(model: GlmForCausalLM, input_ids: torch.Tensor, position_ids: torch.Tensor,
-           logits_to_keep: torch.Tensor, **step) -> torch.Tensor:
+def logits(
+    model: GlmForCausalLM,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    logits_to_keep: torch.Tensor,
+    **step,
+) -> torch.Tensor:
     """Scores [N, V] of what follows N of the T new tokens of all requests, those at
     `logits_to_keep`. `input_ids` and `position_ids` are [1, T]; `step` says to the attention which
     tokens are whose."""
@@ -68,18 +77,18 @@ def logits(model: GlmForCausalLM, input_ids: torch.Tensor, position_ids: torch.T
     def norm(x: torch.Tensor, scale: torch.nn.Module) -> torch.Tensor:
         return rms_norm(x, x.shape[-1:], scale.weight, scale.variance_epsilon)
 
-    x = network.embed_tokens(input_ids)[0]                                         # [T, hidden]
-    cos, sin = network.rotary_emb(x, position_ids)            # [1, T, R], the second half repeats
+    x = network.embed_tokens(input_ids)[0]  # [T, hidden]
+    cos, sin = network.rotary_emb(x, position_ids)  # [1, T, R], the second half repeats
     cos, sin = (part[0, :, None].chunk(2, dim=-1)[0].contiguous() for part in (cos, sin))
-    turn = torch.complex(cos, sin)                                                 # [T, 1, R / 2]
+    turn = torch.complex(cos, sin)  # [T, 1, R / 2]
     for layer in network.layers:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = linear(norm(x, layer.input_layernorm), *attention.qkv)
-        qkv = qkv.unflatten(-1, (-1, config.head_dim))                         # [T, H + 2 G, d]
+        qkv = qkv.unflatten(-1, (-1, config.head_dim))  # [T, H + 2 G, d]
         # The first R numbers of each query and key are turned, two of them as a complex one.
-        turned = qkv[:, : -groups, : 2 * turn.shape[-1]].unflatten(-1, (-1, 2))
+        turned = qkv[:, :-groups, : 2 * turn.shape[-1]].unflatten(-1, (-1, 2))
         torch.view_as_complex(turned).mul_(turn)
-        query, key, value = qkv.transpose(0, 1)[None].split(heads, dim=1)         # [1, H, T, d]
+        query, key, value = qkv.transpose(0, 1)[None].split(heads, dim=1)  # [1, H, T, d]
         h, _ = paged_attention(attention, query, key, value, scaling=attention.scaling, **step)
         x = x + linear(h[0].flatten(1), attention.o_proj.weight)
         h = norm(x, layer.post_attention_layernorm)

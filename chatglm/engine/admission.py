@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from chatglm.request import QueueFull
+from chatglm.errors import QueueFull
 
 
 @dataclass(eq=False)
@@ -14,8 +14,7 @@ class Ticket:
     """A request's claim to a place; `turn` is done when it has one."""
 
     pages: int
-    turn: asyncio.Future = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future())
+    turn: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     left: bool = False
 
 
@@ -35,8 +34,10 @@ class Places:
         self._admit()
         if len(self.queue) > self.max_waiting:
             self.queue.pop()
-            raise QueueFull(f"{self.active} answers are under way and {len(self.queue)} requests "
-                            "wait already; try again in a few seconds")
+            raise QueueFull(
+                f"{self.active} answers are under way and {len(self.queue)} requests "
+                "wait already; try again in a few seconds"
+            )
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
@@ -52,8 +53,11 @@ class Places:
         self._admit()
 
     def _admit(self) -> None:
-        while (self.queue and self.active < self.seats
-               and self.reserved + self.queue[0].pages <= self.pages):
+        while (
+            self.queue
+            and self.active < self.seats
+            and self.reserved + self.queue[0].pages <= self.pages
+        ):
             ticket = self.queue.popleft()
             self.active += 1
             self.reserved += ticket.pages

@@ -17,15 +17,15 @@ from contextlib import aclosing, closing
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from chatglm import attention, network
-from chatglm.chat import extend_history, to_messages
-from chatglm.device import cache_config, one_core, use_threads
-from chatglm.detokenizer import Detokenizer
-from chatglm.devices import agree
-from chatglm.places import Places, Ticket
-from chatglm.request import Chunk, EngineError, Report, Request, finish_reason
-from chatglm.router import Newest, Router
-from chatglm.sampler import Sampler
+from chatglm.engine import cpu_attention, cpu_glm
+from chatglm.engine.admission import Places, Ticket
+from chatglm.engine.batch import Newest, Router, Sampler, cache_config
+from chatglm.engine.sequence import Chunk, Report, Request, finish_reason
+from chatglm.errors import EngineError
+from chatglm.hardware.tensor_parallel import broadcast_from_rank0
+from chatglm.hardware.threads import install_thread_policy, single_threaded
+from chatglm.text.detokenizer import Detokenizer
+from chatglm.text.messages import extend_history, to_messages
 
 logger = logging.getLogger("chatglm")
 
@@ -41,8 +41,15 @@ class Engine:
     or more than `max_length` tokens with its prompt, if these are given.
     """
 
-    def __init__(self, tokenizer, model, max_concurrency: int = 64, max_waiting: int = 256,
-                 max_length: int | None = None, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer,
+        model,
+        max_concurrency: int = 64,
+        max_waiting: int = 256,
+        max_length: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
         self.tokenizer, self.model = tokenizer, model
         self.max_concurrency, self.timeout = max_concurrency, timeout
         self.longest = min(max_length or math.inf, model.config.max_position_embeddings)
@@ -67,8 +74,11 @@ class Engine:
     def running(self) -> bool:
         """Whether the thread is alive and takes requests."""
         manager = self._manager
-        return (manager is not None and manager.is_running()
-                and manager.background_thread_status.can_accept_new_requests() is None)
+        return (
+            manager is not None
+            and manager.is_running()
+            and manager.background_thread_status.can_accept_new_requests() is None
+        )
 
     def start(self) -> None:
         """Allocates the cache and starts the thread; after its death, both anew."""
@@ -76,8 +86,10 @@ class Engine:
             return
         self._end_thread()
         self._stopping = False
-        use_threads(self.model)
-        with one_core():  # but the thread is none of it, and has what torch is told otherwise
+        install_thread_policy(self.model)
+        with (
+            single_threaded()
+        ):  # but the thread is none of it, and has what torch is told otherwise
             self._manager = self._make_manager()
         # A thread is a daemon if its starter is: a script that forgets `stop` can still end.
         starter = threading.Thread(target=self._manager.start, daemon=True)
@@ -86,19 +98,23 @@ class Engine:
 
     def _make_manager(self):
         """The library's manager of a batch, with its cache; its thread does not run yet."""
-        self.max_concurrency, self.longest = agree(self.max_concurrency, self.longest)
+        self.max_concurrency, self.longest = broadcast_from_rank0(
+            self.max_concurrency, self.longest
+        )
         model, stop_ids = self.model, self.tokenizer.stop_ids
         manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0]),
-            cache_config(model, self.max_concurrency, MAX_LENGTH))
+            cache_config(model, self.max_concurrency, MAX_LENGTH),
+        )
         manager.output_router = Router()
         manager.logit_processor = Sampler(
-            model.config.vocab_size, self.max_concurrency, model.device)
+            model.config.vocab_size, self.max_concurrency, model.device
+        )
         config = manager.continuous_batching_config
         if model.device.type == "cpu":
-            model.set_attn_implementation(attention.NAME)  # finds pages itself, as flash does
+            model.set_attn_implementation(cpu_attention.NAME)  # finds pages itself, as flash does
             config.max_blocks_per_request = math.ceil(self.longest / config.page_size)
-            network.use_page(model)
+            cpu_glm.use_fused_forward(model)
         manager.warmup()  # builds the cache here, so that a lack of memory shows at start-up
         self._page = config.page_size
         self._places.pages = manager.batch_processor.cache.num_blocks
@@ -115,7 +131,7 @@ class Engine:
         if self._manager is not None:
             self._manager.stop(block=True, hard_stop=True)
             self._manager = None
-        if self.model.config._attn_implementation == attention.NAME:
+        if self.model.config._attn_implementation == cpu_attention.NAME:
             self.model.set_attn_implementation("sdpa")
 
     def __enter__(self) -> Engine:
@@ -127,10 +143,17 @@ class Engine:
 
     # 2. A request's way: prepare, wait for a place, stream
 
-    def prepare(self, messages: list[dict], max_length: int | None = None,
-                max_new_tokens: int | None = None, top_p: float = 0.7, temperature: float = 0.95,
-                repetition_penalty: float = 1.0, seed: int | None = None,
-                beginning: str = "") -> Request:
+    def prepare(
+        self,
+        messages: list[dict],
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        beginning: str = "",
+    ) -> Request:
         """Checks and tokenises. Any thread may call it.
 
         `max_length` counts prompt and answer, `max_new_tokens` the answer alone; the smaller
@@ -145,14 +168,23 @@ class Engine:
         room = min(max_length, self.context) - len(input_ids)
         if room < 1:
             # The client looks for "leaves no room", and drops old turns then.
-            raise ValueError(f"max_length {min(max_length, self.context)} leaves no room: prompt "
-                             f"and history take {len(input_ids)} tokens; shorten the history"
-                             + (", or raise max_length" if max_length < self.context else ""))
+            raise ValueError(
+                f"max_length {min(max_length, self.context)} leaves no room: prompt "
+                f"and history take {len(input_ids)} tokens; shorten the history"
+                + (", or raise max_length" if max_length < self.context else "")
+            )
         seed = random.getrandbits(32) if seed is None else seed
         if max_new_tokens is not None:
             room = min(room, max_new_tokens)
-        return Request(input_ids, room, float(temperature), float(top_p),
-                       float(repetition_penalty), seed, beginning)
+        return Request(
+            input_ids,
+            room,
+            float(temperature),
+            float(top_p),
+            float(repetition_penalty),
+            seed,
+            beginning,
+        )
 
     async def generate(self, messages: list[dict], **settings) -> AsyncIterator[Chunk]:
         """Chunks of the answer, each the whole text so far; the settings are `prepare`'s."""
@@ -160,8 +192,9 @@ class Engine:
             async for chunk in chunks:
                 yield chunk
 
-    async def stream_chat(self, prompt: str, history: list | None = None,
-                          **settings) -> AsyncIterator[tuple[str, list]]:
+    async def stream_chat(
+        self, prompt: str, history: list | None = None, **settings
+    ) -> AsyncIterator[tuple[str, list]]:
         """(text so far, history with it), as the published `stream_chat`, for many at once."""
         async with aclosing(self.generate(to_messages(prompt, history), **settings)) as chunks:
             async for chunk in chunks:
@@ -195,19 +228,26 @@ class Engine:
             self._places.leave(ticket)
             logger.info("%s", report)
 
-    def _chunk(self, request: Request, output: GenerationOutput, detokenizer: Detokenizer,
-               report: Report) -> Chunk:
+    def _chunk(
+        self, request: Request, output: GenerationOutput, detokenizer: Detokenizer, report: Report
+    ) -> Chunk:
         tokens, stop_ids = output.generated_tokens, self.tokenizer.stop_ids
         ended = bool(tokens) and tokens[-1] in stop_ids
         detokenizer.push(tokens[report.count : len(tokens) - ended])
         report.reason = finish_reason(output, report.count, stop_ids, self._stopping)
         report.token(len(tokens))
         raw = request.beginning + (detokenizer.finish() if report.reason else detokenizer.text)
-        return Chunk(self.tokenizer.visible(raw, finished=bool(report.reason)), raw,
-                     report.prompt_tokens, report.count, report.reason)
+        return Chunk(
+            self.tokenizer.visible(raw, finished=bool(report.reason)),
+            raw,
+            report.prompt_tokens,
+            report.count,
+            report.reason,
+        )
 
-    async def _outputs(self, request: Request, request_id: str,
-                       ticket: Ticket) -> AsyncIterator[GenerationOutput]:
+    async def _outputs(
+        self, request: Request, request_id: str, ticket: Ticket
+    ) -> AsyncIterator[GenerationOutput]:
         """What the thread reports of a request, the newest only. Raises TimeoutError."""
         with closing(Newest(self.timeout, lambda: self._places.leave(ticket))) as newest:
             manager = self._submit(request, request_id, newest)
@@ -228,9 +268,15 @@ class Engine:
             manager = self._manager
             manager.output_router.readers[request_id] = newest  # first, or a token is missed
             accepted = manager.add_request(
-                request.input_ids, request_id=request_id, max_new_tokens=request.max_new_tokens,
-                streaming=True, temperature=request.temperature, top_p=request.top_p,
-                repetition_penalty=request.repetition_penalty, seed=request.seed)
+                request.input_ids,
+                request_id=request_id,
+                max_new_tokens=request.max_new_tokens,
+                streaming=True,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                repetition_penalty=request.repetition_penalty,
+                seed=request.seed,
+            )
             if accepted is not None:
                 return manager
         raise EngineError("the model is not able to answer now")

@@ -25,16 +25,16 @@ COPIED_AT_ONCE = 2**19
 class Prefill(NamedTuple):
     """A request with several new tokens."""
 
-    new: slice                          # which they are of the T of the step
-    keys: torch.Tensor                  # [K], where its keys are kept
-    mask: torch.Tensor | None           # [new, K], where not just causal
+    new: slice  # which they are of the T of the step
+    keys: torch.Tensor  # [K], where its keys are kept
+    mask: torch.Tensor | None  # [new, K], where not just causal
 
 
 class Decode(NamedTuple):
     """Requests with one new token each, as many as are taken at once."""
 
-    keys: torch.Tensor                  # [B, L], where theirs are kept, filled up with the first
-    mask: torch.Tensor | None           # [B, 1, 1, L], where some have fewer than L
+    keys: torch.Tensor  # [B, L], where theirs are kept, filled up with the first
+    mask: torch.Tensor | None  # [B, 1, 1, L], where some have fewer than L
 
 
 class Plan(NamedTuple):
@@ -42,8 +42,8 @@ class Plan(NamedTuple):
 
     prefills: list[Prefill]
     decodes: list[Decode]
-    tokens: torch.Tensor | None         # the T' new ones of `decodes`, in turn; None for all T
-    write: torch.Tensor                 # [T], where the new keys are to be kept
+    tokens: torch.Tensor | None  # the T' new ones of `decodes`, in turn; None for all T
+    write: torch.Tensor  # [T], where the new keys are to be kept
 
 
 # Where the keys `steps` [B, L] of the requests [B, 1] are kept, [B, L].
@@ -55,8 +55,9 @@ def hide(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
 
 
-def plan_decodes(alone: torch.Tensor, counts: torch.Tensor, where: Where, at_once: int,
-                 dtype: torch.dtype) -> tuple[torch.Tensor, list[Decode]]:
+def plan_decodes(
+    alone: torch.Tensor, counts: torch.Tensor, where: Where, at_once: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, list[Decode]]:
     """The requests `alone` in the order in which they are taken, about `at_once` keys a time; each
     request has counts[request] keys."""
     if len(alone) * int(counts.max()) > at_once:  # then those of like length side by side
@@ -64,18 +65,25 @@ def plan_decodes(alone: torch.Tensor, counts: torch.Tensor, where: Where, at_onc
     lengths, decodes, begin = counts[alone].tolist(), [], 0
     while begin < len(alone):
         longest = max(lengths[begin:])
-        some = alone[begin : begin + max(1, at_once // longest), None]                    # [B, 1]
-        steps, mask = torch.arange(longest)[None], None                                   # [1, L]
+        some = alone[begin : begin + max(1, at_once // longest), None]  # [B, 1]
+        steps, mask = torch.arange(longest)[None], None  # [1, L]
         if len(some) > 1:
-            own = steps < counts[some]                                                    # [B, L]
+            own = steps < counts[some]  # [B, L]
             steps, mask = torch.where(own, steps, 0), hide(~own, dtype)[:, None, None]
         decodes.append(Decode(where(some, steps), mask))
         begin += len(some)
     return alone, decodes
 
 
-def make_plan(q_ends: torch.Tensor, k_ends: torch.Tensor, write: torch.Tensor | None, where: Where,
-              window: int | None, at_once: int, dtype: torch.dtype) -> Plan:
+def make_plan(
+    q_ends: torch.Tensor,
+    k_ends: torch.Tensor,
+    write: torch.Tensor | None,
+    where: Where,
+    window: int | None,
+    at_once: int,
+    dtype: torch.dtype,
+) -> Plan:
     """From the cumulative numbers of new tokens and of keys, both with a 0 in front. A token looks
     at the last `window` keys up to itself, or at all of these."""
     counts, prefills = k_ends.diff(), []
@@ -103,8 +111,9 @@ def make_plan(q_ends: torch.Tensor, k_ends: torch.Tensor, write: torch.Tensor | 
 def plan_step(step: dict, allocator, key: torch.Tensor) -> Plan:
     """The plan for what the library says of a step to layers whose keys `allocator` places, `key`
     [1, G, T, d] being such."""
-    q_ends, k_ends = (ends.long() for ends in (
-        step["cu_seq_lens_q"], step["cu_seq_lens_k"][allocator.layer_type]))
+    q_ends, k_ends = (
+        ends.long() for ends in (step["cu_seq_lens_q"], step["cu_seq_lens_k"][allocator.layer_type])
+    )
     page, at_once = allocator.tokens_per_page, COPIED_AT_ONCE // key[0, :, 0].nbytes
     if step.get("block_table") is not None:  # of pages, for requests with one new token each
         table, write = step["block_table"][allocator.index].long(), None
@@ -119,12 +128,18 @@ def plan_step(step: dict, allocator, key: torch.Tensor) -> Plan:
 
         def where(requests: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
             return kept[k_ends[requests] + steps]
+
     return make_plan(q_ends, k_ends, write, where, step.get("sliding_window"), at_once, key.dtype)
 
 
-def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
-                    value: torch.Tensor, attention_mask: torch.Tensor | None = None,
-                    **step) -> tuple[torch.Tensor, None]:
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **step,
+) -> tuple[torch.Tensor, None]:
     """Attention of `query` [1, H, T, d], the T new tokens of all requests one after the other, to
     their own keys: those in the paged cache, and the new `key` and `value` [1, G, T, d]."""
     cache = step.get("cache")
@@ -137,28 +152,33 @@ def paged_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Ten
     plan, scale = cache.plan, step.get("scaling")
     if allocator.layer_type == SLIDING_ATTENTION:  # new keys take old ones' places: read first
         read = cache.update(key, value, module.layer_idx, step)
-        keys, values = (states[0].transpose(0, 1) for states in read)               # [K, G, d]
+        keys, values = (states[0].transpose(0, 1) for states in read)  # [K, G, d]
     else:
-        keys, values = (pages.flatten(0, 1) for pages in
-                        allocator.get_cache_for_block_table(module.layer_idx))
+        keys, values = (
+            pages.flatten(0, 1) for pages in allocator.get_cache_for_block_table(module.layer_idx)
+        )
         for kept, new in ((keys, key), (values, value)):
             kept.index_copy_(0, plan.write, new[0].transpose(0, 1))
-    rows = query[0].transpose(0, 1)                                                 # [T, H, d]
+    rows = query[0].transpose(0, 1)  # [T, H, d]
     # The heads of a group share keys, so they stand where several queries of a head would.
     alone = rows if plan.tokens is None else rows[plan.tokens]
-    alone, done = alone.unflatten(1, (key.shape[1], -1)), []                 # [T', G, H / G, d]
+    alone, done = alone.unflatten(1, (key.shape[1], -1)), []  # [T', G, H / G, d]
     for where, mask in plan.decodes:
         some, alone = alone[: len(where)], alone[len(where) :]
-        done.append(scaled_dot_product_attention(
-            some, gather(keys, where), gather(values, where), attn_mask=mask, scale=scale))
+        done.append(
+            scaled_dot_product_attention(
+                some, gather(keys, where), gather(values, where), attn_mask=mask, scale=scale
+            )
+        )
     if plan.tokens is None:
         return done[0].flatten(1, 2)[None], None
     out = torch.empty(rows.shape, dtype=rows.dtype)
     if done:
         out[plan.tokens] = torch.cat(done).flatten(1, 2)
     for new, where, mask in plan.prefills:
-        out[new] = prefill(rows[new], gather(keys, where[None]), gather(values, where[None]),
-                           mask, scale)
+        out[new] = prefill(
+            rows[new], gather(keys, where[None]), gather(values, where[None]), mask, scale
+        )
     return out[None], None
 
 
@@ -167,21 +187,34 @@ def gather(kept: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return kept.index_select(0, where.flatten()).unflatten(0, where.shape).transpose(1, 2)
 
 
-def prefill(rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-            mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:
+def prefill(
+    rows: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
     """Attention [T, H, d] within one request, causal, by `mask` where there are older keys. What
     comes before a NaN stays whole: its pages may be shared with a prompt that begins alike."""
-    query = rows.transpose(0, 1)[None]                                           # [1, H, T, d]
+    query = rows.transpose(0, 1)[None]  # [1, H, T, d]
 
     def attend(queries: slice, last: int, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
         return scaled_dot_product_attention(
-            query[:, :, queries], key[:, :, :last], value[:, :, :last], attn_mask=mask,
-            is_causal=causal, scale=scale, enable_gqa=True)
+            query[:, :, queries],
+            key[:, :, :last],
+            value[:, :, :last],
+            attn_mask=mask,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=True,
+        )
+
     new, count = query.shape[2], key.shape[2]
     out = attend(slice(new), count, mask, mask is None)
     if not torch.isfinite(out.sum()):
-        out = torch.cat([attend(slice(i, i + 1), count - new + i + 1, None, False)
-                         for i in range(new)], dim=2)
+        out = torch.cat(
+            [attend(slice(i, i + 1), count - new + i + 1, None, False) for i in range(new)], dim=2
+        )
     return out[0].transpose(0, 1)
 
 

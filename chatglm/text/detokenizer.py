@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-REPLACEMENT = "\ufffd"   # what decoders put for bytes that are not, or not yet, a character
-CUT_AFTER = 16           # ids held back before a run of broken bytes is cut
+REPLACEMENT = "\ufffd"  # what decoders put for bytes that are not, or not yet, a character
+CUT_AFTER = 16  # ids held back before a run of broken bytes is cut
 
 
 class Detokenizer:
@@ -25,7 +25,7 @@ class Detokenizer:
         self._anchor = anchor
         self._anchor_text = decode([anchor])
         self._settled = ""
-        self._ids: list[int] = []   # behind what is settled
+        self._ids: list[int] = []  # behind what is settled
         self.text = ""
 
     def push(self, ids: list[int]) -> None:
@@ -50,13 +50,13 @@ class Detokenizer:
     def _tail(self, ids: list[int]) -> str:
         if not self._settled:
             return self._decode(ids)
-        return self._decode([self._anchor, *ids])[len(self._anchor_text):]
+        return self._decode([self._anchor, *ids])[len(self._anchor_text) :]
 
     def _cut(self, tail: str) -> None:
         """Settles all but the last few ids, where both sides decode as they did together."""
         for at in range(len(self._ids) - 1, 0, -1):
             before = self._tail(self._ids[:at])
-            rest = self._decode([self._anchor, *self._ids[at:]])[len(self._anchor_text):]
+            rest = self._decode([self._anchor, *self._ids[at:]])[len(self._anchor_text) :]
             if before and len(rest) > 3 and before + rest == tail:
                 self._settled, self._ids = self._settled + before, self._ids[at:]
                 return

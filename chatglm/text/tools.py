@@ -12,8 +12,9 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 # The system message of the published openai_api.py; the declarations follow as JSON.
-INTRODUCTION = ("Answer the following questions as best as you can. "
-                "You have access to the following tools:")
+INTRODUCTION = (
+    "Answer the following questions as best as you can. You have access to the following tools:"
+)
 
 
 class ToolCall(NamedTuple):
@@ -39,8 +40,12 @@ def write_call(name: str, arguments: dict) -> dict:
     "```python\\ntool_call(city='Paris')\\n```"
     """
     written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return {"role": "assistant", "metadata": name, "arguments": arguments,
-            "content": f"```python\ntool_call({written})\n```"}
+    return {
+        "role": "assistant",
+        "metadata": name,
+        "arguments": arguments,
+        "content": f"```python\ntool_call({written})\n```",
+    }
 
 
 def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
@@ -48,7 +53,7 @@ def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
 
     Two formats: ChatGLM3's, as above, and GLM-4's, the name and then the arguments as JSON.
     """
-    name, _, content = raw.partition("\n")   # an empty first line begins an answer in words
+    name, _, content = raw.partition("\n")  # an empty first line begins an answer in words
     name, content = name.strip(), content.strip()
     if name not in names:
         return None
@@ -65,8 +70,12 @@ def parse_python(block: str) -> dict:
     """Keyword arguments of `tool_call(…)` in a fenced block; only literals count as values."""
     _, _, code = block.removesuffix("```").partition("\n")  # after ```python
     call = ast.parse(code.strip(), mode="eval").body
-    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
-            and call.func.id == "tool_call" and not call.args):
+    if not (
+        isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Name)
+        and call.func.id == "tool_call"
+        and not call.args
+    ):
         raise ValueError("not of the form tool_call(key=value, …)")
     arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     if None in arguments:

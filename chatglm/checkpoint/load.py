@@ -13,25 +13,38 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from transformers import (AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig,
-                          PreTrainedTokenizerFast)
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.distributed import DistributedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from chatglm.chat import ChatMixin
-from chatglm.device import check_memory, one_core, pick_device, pick_dtype
-from chatglm.devices import check_devices, launch
-from chatglm.files import check_weights, find_folder, how_to_get, read_json
-from chatglm.glm import ChatGLMForConditionalGeneration, translate_config
-from chatglm.quantize import pick_quantization, wrong_shapes
-from chatglm.tokenizer import ChatGLMTokenizer, TemplateTokenizer
+from chatglm.checkpoint.conversion import ChatGLMForConditionalGeneration, translate_config
+from chatglm.checkpoint.files import check_weights, find_folder, how_to_get, read_json
+from chatglm.checkpoint.memory import check_memory
+from chatglm.checkpoint.quantize import pick_quantization, wrong_shapes
+from chatglm.generate import ChatMixin
+from chatglm.hardware.device import pick_device, pick_dtype
+from chatglm.hardware.tensor_parallel import check_devices, launch
+from chatglm.hardware.threads import single_threaded
+from chatglm.text.tokenizer import ChatGLMTokenizer, TemplateTokenizer
 
 
-@one_core()
-def load(path: str | Path | None = None, device: str = "auto", dtype: str = "auto",
-         chat_format: str | None = None, quantize: str | None = None, devices: int = 1):
+@single_threaded()
+def load(
+    path: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    chat_format: str | None = None,
+    quantize: str | None = None,
+    devices: int = 1,
+):
     """(tokenizer, model) of a checkpoint, ready to chat.
 
     `path` is a local folder (the network is then never asked), a hub id such as
@@ -63,34 +76,45 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: str = "aut
     check_memory(model_class, config, target, precision, quantize, devices)
     if devices > 1:
         launch(devices, target, {"path": str(folder), "dtype": dtype, "chat_format": chat_format})
-    model = load_weights(model_class, folder, shards, config, target, precision, quantization,
-                         devices)
+    model = load_weights(
+        model_class, folder, shards, config, target, precision, quantization, devices
+    )
     return tokenizer, model
 
 
 # 1. What it is
+
 
 def refuse_unservable(published: dict, folder: Path) -> None:
     """Raises ValueError for the known kinds that cannot be served, each with the way out."""
     model_type = published.get("model_type")
     quantised = published.get("quantization_bit") or published.get("quantization_config")
     if model_type == "chatglm" and quantised:
-        raise ValueError(f"{folder} is quantised ({quantised!a}); load the full-precision "
-                         "checkpoint, which has the same name without -int4 or -int8; "
-                         "--quantize int4 makes it as small")
+        raise ValueError(
+            f"{folder} is quantised ({quantised!a}); load the full-precision "
+            "checkpoint, which has the same name without -int4 or -int8; "
+            "--quantize int4 makes it as small"
+        )
     if model_type == "chatglm" and {"position_encoding_2d", "inner_hidden_size"} & set(published):
-        raise ValueError(f"{folder} is the first ChatGLM-6B, another network than its successors; "
-                         "use ChatGLM2-6B, ChatGLM3-6B or GLM-4")
+        raise ValueError(
+            f"{folder} is the first ChatGLM-6B, another network than its successors; "
+            "use ChatGLM2-6B, ChatGLM3-6B or GLM-4"
+        )
     if model_type == "chatglm" and published.get("pre_seq_len"):
         raise ValueError(f"{folder} has P-Tuning (pre_seq_len); only full or merged weights load")
     if model_type == "chatglm" and is_tiktoken(folder):
-        raise ValueError(f"{folder} is GLM-4 in its first form, whose tokenizer needs its own "
-                         "code; use the weights with -hf in the name, as THUDM/glm-4-9b-chat-hf")
+        raise ValueError(
+            f"{folder} is GLM-4 in its first form, whose tokenizer needs its own "
+            "code; use the weights with -hf in the name, as THUDM/glm-4-9b-chat-hf"
+        )
     if model_type != "chatglm" and (
-            model_type not in CONFIG_MAPPING
-            or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING):
-        raise ValueError(f"{folder}: model_type {model_type!a} is no language model of the "
-                         "installed transformers; ChatGLM2, ChatGLM3 and GLM-4 (-hf, 0414) are")
+        model_type not in CONFIG_MAPPING
+        or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        raise ValueError(
+            f"{folder}: model_type {model_type!a} is no language model of the "
+            "installed transformers; ChatGLM2, ChatGLM3 and GLM-4 (-hf, 0414) are"
+        )
 
 
 def is_tiktoken(folder: Path) -> bool:
@@ -116,8 +140,10 @@ def detect_chat_format(published: dict, folder: Path) -> str:
     if (code := folder / "tokenization_chatglm.py").is_file():
         texts.append(code.read_text(encoding="utf-8", errors="replace"))
     if any(re.search(r"chatglm\d?-.*base", name, re.IGNORECASE) for name in names):
-        raise ValueError(f"{folder} is a base model, not trained to chat; use the chat model, or "
-                         "say chat_format (--chat-format) chatglm3 if you have tuned it to")
+        raise ValueError(
+            f"{folder} is a base model, not trained to chat; use the chat model, or "
+            "say chat_format (--chat-format) chatglm3 if you have tuned it to"
+        )
     if any("<|user|>" in text for text in texts):
         return "chatglm3"
     for generation in ("chatglm3", "chatglm2"):
@@ -125,18 +151,23 @@ def detect_chat_format(published: dict, folder: Path) -> str:
             return generation
     if (folder / "tokenization_chatglm.py").is_file():
         return "chatglm2"
-    raise ValueError(f"{folder}: its files do not say which chat format it speaks; say "
-                     "chat_format (--chat-format) chatglm2 or chatglm3")
+    raise ValueError(
+        f"{folder}: its files do not say which chat format it speaks; say "
+        "chat_format (--chat-format) chatglm2 or chatglm3"
+    )
 
 
 def load_chatglm_tokenizer(folder: Path, chat_format: str) -> ChatGLMTokenizer:
     file = folder / "tokenizer.model"
     if chat_format not in ("chatglm2", "chatglm3"):
-        raise ValueError(f"{folder} is a ChatGLM: chat_format can be chatglm2 or chatglm3, "
-                         f"not {chat_format!a}")
+        raise ValueError(
+            f"{folder} is a ChatGLM: chat_format can be chatglm2 or chatglm3, not {chat_format!a}"
+        )
     if not file.is_file():
-        raise ValueError(f"{folder} has no tokenizer.model, the SentencePiece file that comes "
-                         "with every ChatGLM2 and ChatGLM3; copy it next to the weights")
+        raise ValueError(
+            f"{folder} has no tokenizer.model, the SentencePiece file that comes "
+            "with every ChatGLM2 and ChatGLM3; copy it next to the weights"
+        )
     try:
         return ChatGLMTokenizer(file.read_bytes(), chat_format)
     except RuntimeError as error:
@@ -152,8 +183,10 @@ def load_native_config(folder: Path) -> PretrainedConfig:
 
 def load_template_tokenizer(folder: Path, config, chat_format: str | None) -> TemplateTokenizer:
     if chat_format not in (None, "template"):
-        raise ValueError(f"{folder} is no ChatGLM2 or ChatGLM3: chat_format can only be template, "
-                         f"not {chat_format!a}")
+        raise ValueError(
+            f"{folder} is no ChatGLM2 or ChatGLM3: chat_format can only be template, "
+            f"not {chat_format!a}"
+        )
     settings = folder / "tokenizer_config.json"
     own_code = settings.is_file() and "auto_map" in read_json(settings)
     source = PreTrainedTokenizerFast if own_code else AutoTokenizer
@@ -162,8 +195,10 @@ def load_template_tokenizer(folder: Path, config, chat_format: str | None) -> Te
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise ValueError(f"{folder}: its tokenizer cannot be loaded ({error})") from error
     if not tokenizer.chat_template:
-        raise ValueError(f"{folder} has no chat template: a base model, not trained to chat. "
-                         "Use its chat or instruct version")
+        raise ValueError(
+            f"{folder} has no chat template: a base model, not trained to chat. "
+            "Use its chat or instruct version"
+        )
     stops = [config.eos_token_id, tokenizer.eos_token_id]
     if (file := folder / "generation_config.json").is_file():
         stops.append(read_json(file).get("eos_token_id"))
@@ -173,35 +208,63 @@ def load_template_tokenizer(folder: Path, config, chat_format: str | None) -> Te
 
 # 2. Onto the device
 
-def load_weights(model_class, folder: Path, shards: list[Path], config, device: torch.device,
-                 dtype: torch.dtype, quantization: BitsAndBytesConfig | None, devices: int):
+
+def load_weights(
+    model_class,
+    folder: Path,
+    shards: list[Path],
+    config,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None,
+    devices: int,
+):
     """Streams the shards onto the device. Raises ValueError if a tensor is missing, left over or
     of another shape than the configuration says."""
     # Of the same name, because the table in glm.py goes by it.
     chatting = type(model_class.__name__, (ChatMixin, model_class), {})
-    place = ({"device_map": {"": device}} if devices == 1
-             else {"distributed_config": DistributedConfig(tp_size=devices)})
+    place = (
+        {"device_map": {"": device}}
+        if devices == 1
+        else {"distributed_config": DistributedConfig(tp_size=devices)}
+    )
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # its report of a mismatch is pages long; ours follows
     try:
         model, report = chatting.from_pretrained(
-            folder, config=config, dtype=dtype, **place, local_files_only=True,
-            use_safetensors=shards[0].suffix == ".safetensors", ignore_mismatched_sizes=True,
-            quantization_config=quantization, output_loading_info=True)
+            folder,
+            config=config,
+            dtype=dtype,
+            **place,
+            local_files_only=True,
+            use_safetensors=shards[0].suffix == ".safetensors",
+            ignore_mismatched_sizes=True,
+            quantization_config=quantization,
+            output_loading_info=True,
+        )
     except UnpicklingError as error:
         names = ", ".join(shard.name for shard in shards)
-        raise ValueError(f"{folder}: {names} holds more than tensors, perhaps code, and is not "
-                         "read; use the model's safetensors files") from error
+        raise ValueError(
+            f"{folder}: {names} holds more than tensors, perhaps code, and is not "
+            "read; use the model's safetensors files"
+        ) from error
     except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"{folder}: the weights and config.json are not of the same model "
-                         f"({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"{folder}: the weights and config.json are not of the same model "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
     report["mismatched_keys"] |= set(wrong_shapes(model))
-    for kind, text in (("missing_keys", "are missing"), ("unexpected_keys", "belong to no layer"),
-                       ("mismatched_keys", "have another shape than config.json says")):
+    for kind, text in (
+        ("missing_keys", "are missing"),
+        ("unexpected_keys", "belong to no layer"),
+        ("mismatched_keys", "have another shape than config.json says"),
+    ):
         if report[kind]:
             names = sorted(str(key) for key in report[kind])
-            raise ValueError(f"{folder}: {len(names)} tensors {text}, such as {names[0]}; the "
-                             "weights and config.json are not of the same model")
+            raise ValueError(
+                f"{folder}: {len(names)} tensors {text}, such as {names[0]}; the "
+                "weights and config.json are not of the same model"
+            )
     return model.eval()

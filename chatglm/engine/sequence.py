@@ -12,20 +12,12 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 logger = logging.getLogger("chatglm")
 
 
-class EngineError(RuntimeError):
-    """The engine cannot answer: it is stopped, its thread has died, or the time is up."""
-
-
-class QueueFull(EngineError):
-    """Too many requests wait already; this one may come again later."""
-
-
 @dataclass
 class Chunk:
     """An answer so far. The first one is empty: the request is checked and stands in line."""
 
-    text: str                         # what a user sees
-    raw: str                          # the same with the metadata line that ChatGLM3 begins with
+    text: str  # what a user sees
+    raw: str  # the same with the metadata line that ChatGLM3 begins with
     prompt_tokens: int
     completion_tokens: int
     finish_reason: str | None = None  # at the end: stop, length, cancelled or error
@@ -61,14 +53,17 @@ class Report:
         words = {"stop": "finished", "error": "failed", None: "cancelled"}
         ended = words.get(self.reason, self.reason)
         speed = (self.count - 1) / (self.last - self.first) if self.last > self.first else 0
-        return (f"{self.id}: {ended}, {self.prompt_tokens} + {self.count} tokens, "
-                f"first after {self.first - self.arrived:.2f} s, {speed:.0f} tokens/s")
+        return (
+            f"{self.id}: {ended}, {self.prompt_tokens} + {self.count} tokens, "
+            f"first after {self.first - self.arrived:.2f} s, {speed:.0f} tokens/s"
+        )
 
 
-def finish_reason(output: GenerationOutput, read: int, stop_ids: list[int],
-                  stopping: bool) -> str | None:
+def finish_reason(
+    output: GenerationOutput, read: int, stop_ids: list[int], stopping: bool
+) -> str | None:
     """How an answer ended, or None; `read` of its tokens were looked at before."""
-    if any(map(math.isnan, output.logprobs[read:])):   # the sampler's sign for a broken row
+    if any(map(math.isnan, output.logprobs[read:])):  # the sampler's sign for a broken row
         logger.error("%s: the model's scores are not finite", output.request_id)
         return "error"
     if not output.is_finished():

@@ -10,11 +10,16 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from chatglm.chat import shown
+from chatglm.errors import preview
 
-REASONS = {400: "what cannot be served, and why", 401: "no key, or a wrong one",
-           408: "the body came too slowly", 413: "the body is too large",
-           429: "too many wait: see Retry-After", 503: "the model cannot answer"}
+REASONS = {
+    400: "what cannot be served, and why",
+    401: "no key, or a wrong one",
+    408: "the body came too slowly",
+    413: "the body is too large",
+    429: "too many wait: see Retry-After",
+    503: "the model cannot answer",
+}
 ZERO_IS_ABSENT = {"max_length", "top_p"}  # as in the textbook's `top_p or 0.7`
 
 
@@ -28,8 +33,12 @@ class Strict(BaseModel):
     def leave_out_absent(cls, fields: object) -> object:
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if value is not None and not (
-            name in ZERO_IS_ABSENT and type(value) in (int, float) and value == 0)}
+        return {
+            name: value
+            for name, value in fields.items()
+            if value is not None
+            and not (name in ZERO_IS_ABSENT and type(value) in (int, float) and value == 0)
+        }
 
     @classmethod
     def read(cls, body: bytes | dict) -> Self:
@@ -44,7 +53,7 @@ class Strict(BaseModel):
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"])) or "the body"
             wanted = re.sub("^Input should", "must", first["msg"]).replace("Field", "is")
-            raise ValueError(f"{field} {wanted}, not {shown(first['input'])}") from error
+            raise ValueError(f"{field} {wanted}, not {preview(first['input'])}") from error
 
     @classmethod
     def written_out_schema(cls) -> dict:
@@ -60,6 +69,7 @@ class Strict(BaseModel):
             node = {name: whole(item) for name, item in node.items()}
             named = node.pop("$ref", "").rpartition("/")[2]
             return {**whole(definitions[named]), **node} if named else node
+
         return whole(schema)
 
     @classmethod
@@ -67,15 +77,23 @@ class Strict(BaseModel):
         """For /docs, by method: what FastAPI cannot see of a route that reads its body itself.
         `answers` has an example for each media type."""
         schema = cls.written_out_schema()
-        responses = {code: {"description": reason, "content": {"application/json": {
-            "example": refusal}}} for code, reason in REASONS.items()}
-        responses[200] = {"description": "the answer", "content": {
-            media: {"example": example} for media, example in answers.items()}}
+        responses = {
+            code: {"description": reason, "content": {"application/json": {"example": refusal}}}
+            for code, reason in REASONS.items()
+        }
+        responses[200] = {
+            "description": "the answer",
+            "content": {media: {"example": example} for media, example in answers.items()},
+        }
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        query = [{"name": name, "in": "query", "required": name in schema["required"],
-                  "schema": field} for name, field in schema["properties"].items()]
-        return {"post": {"openapi_extra": {"requestBody": body}, "responses": responses},
-                "get": {"openapi_extra": {"parameters": query}, "responses": responses}}
+        query = [
+            {"name": name, "in": "query", "required": name in schema["required"], "schema": field}
+            for name, field in schema["properties"].items()
+        ]
+        return {
+            "post": {"openapi_extra": {"requestBody": body}, "responses": responses},
+            "get": {"openapi_extra": {"parameters": query}, "responses": responses},
+        }
 
     @classmethod
     def from_query(cls, query: Mapping[str, str]) -> Self:

@@ -8,11 +8,15 @@ import struct
 import zipfile
 from pathlib import Path
 
-from chatglm.chat import shown
+from chatglm.errors import preview
 
-TINY = Path(__file__).parent / "tiny"
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
-                "pytorch_model.bin", "pytorch_model.bin.index.json")
+TINY = Path(__file__).parents[1] / "tiny"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def find_folder(path: str | Path | None) -> Path:
@@ -32,6 +36,7 @@ def find_folder(path: str | Path | None) -> Path:
 def download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     try:
         rest = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
         folder = Path(snapshot_download(repo_id, allow_patterns=[*rest, "*.safetensors"]))
@@ -40,8 +45,10 @@ def download(repo_id: str) -> Path:
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"there is no folder {repo_id}, and the model hub does not give it "
-                         f"({reason}); download it elsewhere and pass its folder") from error
+        raise ValueError(
+            f"there is no folder {repo_id}, and the model hub does not give it "
+            f"({reason}); download it elsewhere and pass its folder"
+        ) from error
 
 
 def read_json(file: Path) -> dict:
@@ -51,7 +58,7 @@ def read_json(file: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}; download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {shown(content)}; get it again")
+        raise ValueError(f"{file} must hold a JSON object, not {preview(content)}; get it again")
     return content
 
 
@@ -71,13 +78,15 @@ def check_weights(folder: Path) -> list[Path]:
         if not shard.is_file():
             raise ValueError(f"{shard} is missing, but {found.name} names it; download it again")
         if not is_whole(shard):
-            raise ValueError(f"{shard} is cut off or damaged ({shard.stat().st_size:,} bytes); "
-                             f"{how_to_get(shard)}")
+            raise ValueError(
+                f"{shard} is cut off or damaged ({shard.stat().st_size:,} bytes); "
+                f"{how_to_get(shard)}"
+            )
     return shards
 
 
 def is_whole(shard: Path) -> bool:
-    if shard.suffix == ".bin":      # torch.save writes a zip, whose directory is at the end
+    if shard.suffix == ".bin":  # torch.save writes a zip, whose directory is at the end
         return zipfile.is_zipfile(shard)
     size = shard.stat().st_size
     with shard.open("rb") as file:  # 8 bytes: length of a JSON header with each tensor's place

@@ -1,0 +1,104 @@
+"""Choosing the next token, for many requests in one batch, each by its own settings.
+
+Temperature, nucleus (top_p), repetition penalty and seed are arguments per row, so no request's
+settings touch its neighbour's. Randomness is counter-based: the noise of a token depends only on
+the request's seed, the position and the token, not on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+CANDIDATES = 32  # likeliest tokens that are looked at first
+# Odd 64-bit multipliers of splitmix64 (Steele, Lea and Flood 2014), as signed integers.
+GOLDEN, MIX_1, MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an answer is sampled, and how long it may be. Lengths are in tokens."""
+
+    temperature: float = 0.95  # 0 is greedy
+    top_p: float = 0.7  # nucleus sampling
+    repetition_penalty: float = 1.0  # over 1 discourages repetition
+    seed: int | None = None  # 32 bits; the same seed gives the same answer
+    max_length: int | None = None  # of prompt and answer together
+    max_new_tokens: int | None = None  # of the answer alone; the smaller bound holds
+
+
+def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise [n, k] from `seed` and `position` [n] and `tokens` [n, k], int64.
+
+    The argmax of log-probabilities plus Gumbel noise is a draw from the distribution (the
+    Gumbel-max trick), which turns seeded sampling into an argmax.
+    """
+
+    def mix(x: torch.Tensor) -> torch.Tensor:  # splitmix64; `>>` keeps the sign, so it is masked
+        x = (x ^ ((x >> 30) & (2**34 - 1))) * MIX_1
+        x = (x ^ ((x >> 27) & (2**37 - 1))) * MIX_2
+        return x ^ ((x >> 31) & (2**33 - 1))
+
+    row = mix(seed * GOLDEN + position)  # [n]
+    bits = mix(row[:, None] + tokens * GOLDEN)  # [n, k]
+    # 23 bits and a half: never 0 or 1, where the logarithms would be infinite.
+    uniform = (((bits >> 41) & (2**23 - 1)).float() + 0.5) / 2**23
+    return -torch.log(-torch.log(uniform))
+
+
+def choose(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """The next token [n] for each row of `logits` [n, V], float32; the other arguments are [n].
+
+    Temperature 0 is greedy. top_p keeps the fewest most likely tokens whose probabilities sum to
+    at least top_p (Holtzman et al. 2020), always one at least.
+    """
+    on_cpu = logits.device.type == "cpu"  # where a look at the values costs nothing
+    greedy = None if on_cpu and temperature.all() else logits.argmax(dim=-1)
+    if on_cpu and not temperature.any():
+        return greedy
+    scores = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    probabilities = scores.softmax(dim=-1)
+    # To sort a whole vocabulary takes longer than the network; mostly the candidates
+    # have enough mass.
+    candidates = min(CANDIDATES, logits.shape[-1]) if on_cpu else logits.shape[-1]
+    drawn, mass = draw(probabilities, candidates, top_p, seed, position)
+    if (
+        on_cpu
+        and candidates < logits.shape[-1]
+        and (few := (mass < top_p).nonzero().squeeze(1)).numel()
+    ):
+        drawn[few], _ = draw(
+            probabilities[few], logits.shape[-1], top_p[few], seed[few], position[few]
+        )
+    return drawn if greedy is None else torch.where(temperature > 0, drawn, greedy)
+
+
+def draw(
+    probabilities: torch.Tensor,
+    candidates: int,
+    top_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token [n] from the nucleus of each row, if that is within its `candidates` likeliest, and
+    how much probability [n] these have."""
+    ordered, tokens = probabilities.topk(candidates, dim=-1)  # [n, candidates]
+    before = ordered.cumsum(dim=-1) - ordered  # mass ahead of each
+    noise = gumbel_noise(seed, position, tokens)
+    ranked = torch.where(before < top_p[:, None], ordered.log() + noise, -torch.inf)
+    drawn = tokens.gather(1, ranked.argmax(dim=-1, keepdim=True)).squeeze(1)
+    return drawn, ordered.sum(dim=-1)
+
+
+def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    """Repetition penalty (Keskar et al. 2019, as in transformers): the score of each token that is
+    `seen` [n, V] in prompt or answer is divided by `penalty` [n], multiplied where negative."""
+    penalty = penalty[:, None]
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)

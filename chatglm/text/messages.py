@@ -1,0 +1,114 @@
+"""Conversations: the two published forms of `history`, as a list of messages."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+from chatglm.errors import preview
+
+INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode categories of spaces, controls, formats
+
+# Which role may follow which; None is the beginning.
+FOLLOWS = {
+    "system": {None},
+    "user": {None, "system", "assistant"},
+    "assistant": {"user", "observation"},
+    "observation": {"assistant"},
+}
+
+
+def to_messages(prompt: str, history: list | None = None, role: str = "user") -> list[dict]:
+    """`history` in either published form, and the prompt, as messages.
+
+    >>> to_messages("and you?", [["hi", "hello"]])[0]
+    {'role': 'user', 'content': 'hi'}
+
+    The forms: `[query, response]` pairs (ChatGLM-6B, ChatGLM2) or `{"role", "content"}` dicts
+    (ChatGLM3). Raises ValueError, naming the entry, for anything else, and for a prompt with
+    nothing visible in it.
+    """
+    if all(unicodedata.category(c) in INVISIBLE for c in prompt):
+        raise ValueError(f"prompt must hold something visible, not {preview(prompt)}")
+    if history is not None and not isinstance(history, (list, tuple)):
+        raise ValueError(f"history must be a list, not {preview(history)}")
+    messages: list[dict] = []
+    for i, turn in enumerate(history or []):
+        if isinstance(turn, dict) != isinstance(history[0], dict):
+            raise ValueError(
+                f"history[{i}]: use one form throughout, [query, response] pairs or "
+                '{"role": …, "content": …} dicts'
+            )
+        if isinstance(turn, dict):
+            messages.append(check_message(turn, f"history[{i}]"))
+        else:
+            query, response = check_pair(turn, f"history[{i}]")
+            messages += [
+                {"role": "user", "content": query},
+                {"role": "assistant", "content": response},
+            ]
+    messages.append(check_message({"role": role, "content": prompt}, "prompt"))
+    check_order(messages)
+    return messages
+
+
+def check_pair(turn: Any, where: str) -> tuple[str, str]:
+    two = isinstance(turn, (list, tuple)) and len(turn) == 2
+    if not two or not all(isinstance(text, str) for text in turn):
+        raise ValueError(
+            f"{where} must be a [query, response] pair of two strings or a "
+            f'{{"role": …, "content": …}} dict, not {preview(turn)}'
+        )
+    for text in turn:
+        check_text(text, where)
+    return turn[0], turn[1]
+
+
+def check_message(turn: dict, where: str) -> dict:
+    if not isinstance(turn.get("role"), str) or turn["role"] not in FOLLOWS:
+        raise ValueError(
+            f"{where}.role must be one of {', '.join(FOLLOWS)}, not {preview(turn.get('role'))}"
+        )
+    for field in ("content", "metadata"):
+        text = turn.get(field, "" if field == "metadata" else None)
+        if not isinstance(text, str):
+            raise ValueError(f"{where}.{field} must be a string, not {preview(text)}")
+        check_text(text, f"{where}.{field}")
+    return turn
+
+
+def check_order(messages: list[dict]) -> None:
+    before = None
+    for i, role in enumerate(m["role"] for m in messages):
+        if before not in FOLLOWS[role]:
+            place = f"history[{i}]" if i + 1 < len(messages) else "prompt"
+            after = f"after {before!r}" if before else "at the beginning"
+            raise ValueError(
+                f"{place}: role {role!r} cannot stand {after}; system may come "
+                "first, then user and assistant, observation after assistant"
+            )
+        before = role
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises ValueError for half of a surrogate pair, which no encoding can say."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds half of a surrogate pair, which is no character: "
+            f"{preview(text[error.start])}"
+        ) from error
+
+
+def extend_history(history: list | None, prompt: str, response: str, role: str = "user") -> list:
+    """`history` with this turn added, in the form it came in (pairs when it was empty)."""
+    history = list(history or [])
+    if history and isinstance(history[0], dict):
+        metadata = {"metadata": ""} if any("metadata" in turn for turn in history) else {}
+        return [
+            *history,
+            {"role": role, "content": prompt},
+            {"role": "assistant", **metadata, "content": response},
+        ]
+    return [*history, [prompt, response]]
