@@ -145,7 +145,7 @@ def machine() -> dict:
 def main(settings: argparse.Namespace) -> int:
     """Measures, prints and saves. Returns the exit status: 1 if this server failed an answer."""
     from bench import canned, weights  # here, because torch takes seconds to import
-    from chatglm.checkpoint.load import load_chatglm_tokenizer
+    from chatglm.checkpoint.tokenizers import load_chatglm_tokenizer
 
     begun = time.monotonic()
     ceiling = canned.ceiling()

@@ -55,7 +55,7 @@ class ChatMixin:
             for v in (temperature if do_sample else 0, top_p, repetition_penalty)
         ]
         seed = random.getrandbits(32) if seed is None else seed
-        text, detokenizer = "", Detokenizer(tokenizer.decode, tokenizer.anchor)
+        text, detokenizer = "", Detokenizer(tokenizer.decode_raw, tokenizer.anchor)
         for token in self._tokens(ids, room, *settings, seed):
             if token in tokenizer.stop_ids:
                 break

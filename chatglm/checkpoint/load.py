@@ -1,39 +1,31 @@
 """`load`: a folder or a hub id becomes a tokenizer and a model that chats.
 
-Two families are read: the published ChatGLM2/ChatGLM3 (see `glm.py`), and whatever `transformers`
+Two families are read: the published ChatGLMs (see conversion.py), and whatever transformers
 supports by itself and has a chat template. No code that lies in a checkpoint is ever run. What
 cannot be served gets a ValueError that says what was found and what would do.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 from transformers.distributed import DistributedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from chatglm.checkpoint.conversion import ChatGLMForConditionalGeneration, translate_config
-from chatglm.checkpoint.files import check_weights, find_folder, how_to_get, read_json
+from chatglm.checkpoint.files import check_weights, find_folder, read_json
 from chatglm.checkpoint.memory import check_memory
 from chatglm.checkpoint.quantize import pick_quantization, wrong_shapes
+from chatglm.checkpoint.tokenizers import load_template_tokenizer, load_tokenizer
 from chatglm.generate import ChatMixin
 from chatglm.hardware.device import pick_device, pick_dtype
 from chatglm.hardware.tensor_parallel import check_devices, launch
 from chatglm.hardware.threads import single_threaded
-from chatglm.text.tokenizer import ChatGLMTokenizer, TemplateTokenizer
 
 
 @single_threaded()
@@ -62,9 +54,8 @@ def load(
     refuse_unservable(published, folder)
     shards = check_weights(folder)
     if published.get("model_type") == "chatglm":
-        chat_format = chat_format or detect_chat_format(published, folder)
-        tokenizer = load_chatglm_tokenizer(folder, chat_format)
-        config = translate_config(published, str(folder), chat_format)
+        tokenizer = load_tokenizer(folder, published, chat_format)
+        config = translate_config(published, str(folder), tokenizer.chat_format)
         config.eos_token_id = tokenizer.stop_ids
         model_class = ChatGLMForConditionalGeneration
     else:
@@ -102,76 +93,16 @@ def refuse_unservable(published: dict, folder: Path) -> None:
         )
     if model_type == "chatglm" and published.get("pre_seq_len"):
         raise ValueError(f"{folder} has P-Tuning (pre_seq_len); only full or merged weights load")
-    if model_type == "chatglm" and is_tiktoken(folder):
-        raise ValueError(
-            f"{folder} is GLM-4 in its first form, whose tokenizer needs its own "
-            "code; use the weights with -hf in the name, as THUDM/glm-4-9b-chat-hf"
-        )
+    if "vision_config" in published or "image_length" in published:
+        raise ValueError(f"{folder} is a model for images; only language models are served")
     if model_type != "chatglm" and (
         model_type not in CONFIG_MAPPING
         or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING
     ):
         raise ValueError(
-            f"{folder}: model_type {model_type!a} is no language model of the "
+            f"{folder}: model_type {model_type!a} is not a language model of the "
             "installed transformers; ChatGLM2, ChatGLM3 and GLM-4 (-hf, 0414) are"
         )
-
-
-def is_tiktoken(folder: Path) -> bool:
-    """Whether the vocabulary is GLM-4's: lines of a base64 string and a number."""
-    vocabulary, settings = folder / "tokenizer.model", folder / "tokenizer_config.json"
-    if settings.is_file() and read_json(settings).get("tokenizer_class") == "ChatGLM4Tokenizer":
-        return True
-    if not vocabulary.is_file():
-        return False
-    with vocabulary.open("rb") as start:
-        return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", start.read(200)) is not None
-
-
-def detect_chat_format(published: dict, folder: Path) -> str:
-    """chatglm2 or chatglm3, by the files that come with the weights (read as text, never run)."""
-    names = [str(published.get("_name_or_path", "")), folder.resolve().name]
-    texts = []
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        if (folder / name).is_file():
-            content = read_json(folder / name)
-            names.append(str(content.get("name_or_path", "")))
-            texts.append(json.dumps(content, ensure_ascii=False))
-    if (code := folder / "tokenization_chatglm.py").is_file():
-        texts.append(code.read_text(encoding="utf-8", errors="replace"))
-    if any(re.search(r"chatglm\d?-.*base", name, re.IGNORECASE) for name in names):
-        raise ValueError(
-            f"{folder} is a base model, not trained to chat; use the chat model, or "
-            "say chat_format (--chat-format) chatglm3 if you have tuned it to"
-        )
-    if any("<|user|>" in text for text in texts):
-        return "chatglm3"
-    for generation in ("chatglm3", "chatglm2"):
-        if any(generation in name.lower() for name in names):
-            return generation
-    if (folder / "tokenization_chatglm.py").is_file():
-        return "chatglm2"
-    raise ValueError(
-        f"{folder}: its files do not say which chat format it speaks; say "
-        "chat_format (--chat-format) chatglm2 or chatglm3"
-    )
-
-
-def load_chatglm_tokenizer(folder: Path, chat_format: str) -> ChatGLMTokenizer:
-    file = folder / "tokenizer.model"
-    if chat_format not in ("chatglm2", "chatglm3"):
-        raise ValueError(
-            f"{folder} is a ChatGLM: chat_format can be chatglm2 or chatglm3, not {chat_format!a}"
-        )
-    if not file.is_file():
-        raise ValueError(
-            f"{folder} has no tokenizer.model, the SentencePiece file that comes "
-            "with every ChatGLM2 and ChatGLM3; copy it next to the weights"
-        )
-    try:
-        return ChatGLMTokenizer(file.read_bytes(), chat_format)
-    except RuntimeError as error:
-        raise ValueError(f"{file} is no SentencePiece model; {how_to_get(file)}") from error
 
 
 def load_native_config(folder: Path) -> PretrainedConfig:
@@ -179,31 +110,6 @@ def load_native_config(folder: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder}: its config.json cannot be used ({error})") from error
-
-
-def load_template_tokenizer(folder: Path, config, chat_format: str | None) -> TemplateTokenizer:
-    if chat_format not in (None, "template"):
-        raise ValueError(
-            f"{folder} is no ChatGLM2 or ChatGLM3: chat_format can only be template, "
-            f"not {chat_format!a}"
-        )
-    settings = folder / "tokenizer_config.json"
-    own_code = settings.is_file() and "auto_map" in read_json(settings)
-    source = PreTrainedTokenizerFast if own_code else AutoTokenizer
-    try:
-        tokenizer = source.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({error})") from error
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{folder} has no chat template: a base model, not trained to chat. "
-            "Use its chat or instruct version"
-        )
-    stops = [config.eos_token_id, tokenizer.eos_token_id]
-    if (file := folder / "generation_config.json").is_file():
-        stops.append(read_json(file).get("eos_token_id"))
-    lists = [stop if isinstance(stop, list) else [stop] for stop in stops if stop is not None]
-    return TemplateTokenizer(tokenizer, sorted(set().union(*lists)))
 
 
 # 2. Onto the device

@@ -214,7 +214,7 @@ class Engine:
             yield Chunk("", "", report.prompt_tokens, 0)
             await ticket.turn
             async with aclosing(self._outputs(request, report.id, ticket)) as outputs:
-                detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.anchor)
+                detokenizer = Detokenizer(self.tokenizer.decode_raw, self.tokenizer.anchor)
                 async for output in outputs:
                     yield self._chunk(request, output, detokenizer, report)
                     if report.reason == "error":
