@@ -213,14 +213,15 @@ async def admit(request: Request, kind: type[Sampling]) -> tuple:
         body = kind.from_query(request.query_params) if get else kind.read(await receive(request))
         messages = body.to_messages()
         # In a thread: to cut a megabyte into tokens would hold up everyone's stream.
-        prepared = await asyncio.to_thread(engine.prepare, messages, **body.settings())
+        settings = body.settings()
+        prefix = settings.pop("beginning", "")
+        params = chatglm.SamplingParams(**settings)
+        sequence = await asyncio.to_thread(engine.prepare, messages, params, prefix)
     except ValueError as error:
         raise HTTPException(400, str(error)) from error
     if request.app.state.settings.log_prompts:
         logger.info("prompt: %s", messages[-1]["content"])
-    chunks = engine.stream(prepared)
-    await anext(chunks)  # has no text yet; a full queue refuses here, while a status can be sent
-    return body, chunks
+    return body, await engine.submit(sequence)  # a full queue refuses before a status is sent
 
 
 class AnswerResponse(StreamingResponse):

@@ -129,7 +129,7 @@ def step_bytes(model, batch: int, context: float) -> float:
 
 
 async def follow(engine: chatglm.Engine, request, progress: Progress) -> None:
-    async with aclosing(engine.stream(request)) as chunks:
+    async with aclosing(await engine.submit(request)) as chunks:
         async for chunk in chunks:
             progress.tokens = chunk.completion_tokens
     progress.ended = True
@@ -143,9 +143,9 @@ async def decode_speed(engine: chatglm.Engine, batch: int, tokens: int) -> tuple
     requests = [
         engine.prepare(
             [{"role": "user", "content": text}],
-            max_length=engine.context,
-            max_new_tokens=tokens,
-            temperature=0,
+            chatglm.SamplingParams(
+                temperature=0, max_length=engine.max_request_tokens, max_new_tokens=tokens
+            ),
         )
         for text in texts
     ]

@@ -25,7 +25,7 @@ from bench.compare import Prompts, machine, measure, median_of, run_load
 from bench.contenders import OURS, Contender, Running, our_server, serving
 from bench.load import get
 from bench.report import shown, table
-from chatglm.engine.batch import PAUSE
+from chatglm.engine.sequence import MIN_INTERVAL
 
 KNOCKS = 200  # of GET /health one after the other: a request without the model
 ANSWERS_ALONE = 4
@@ -166,7 +166,7 @@ def plan(frame: float) -> list[list[str]]:
         gpus = math.ceil(students / PLACES)
         batch = math.ceil(students / gpus)
         step = (WEIGHTS + batch * CONTEXT * KEPT) / (BANDWIDTH * SHARE)
-        frames = students * min(1 / step, 1 / PAUSE)  # a second
+        frames = students * min(1 / step, 1 / MIN_INTERVAL)  # a second
         rows.append(
             [
                 str(students),
@@ -197,7 +197,7 @@ Ray adds, for one reader: {ms["request"]:.1f} ms to a request without the model,
 {max(settled["clients"])} readers it costs {ms["cpu"]:.2f} ms of CPU time more per token, \
 {ms["proxy"]:.2f} ms of it in the proxy, which is {ms["frame"]:.2f} ms per frame: one process on \
 one core, so the proxy of one machine passes on at most about {1 / cost["frame"]:,.0f} frames/s, \
-and a reader gets at most {1 / PAUSE:.0f} of them a second.
+and a reader gets at most {1 / MIN_INTERVAL:.0f} of them a second.
 
 ## How many GPUs a class needs (an estimate)
 
@@ -220,7 +220,8 @@ All ask at the same moment and nobody waits: GPUs = students / {PLACES} places. 
 ChatGLM3-6B reads {WEIGHTS / 1e9:.1f} GB of weights and {KEPT / 1000:.1f} KB for each of \
 {CONTEXT:,} tokens of each conversation, from a card that moves {BANDWIDTH / 1e9:,.0f} GB/s and \
 of which decoding reaches {SHARE:.0%}: that is the estimate; `python -m bench decode --preset \
-chatglm3-6b` measures it on your card. Proxies' cores = students × {1 / PAUSE:.0f} frames/s × \
+chatglm3-6b` measures it on your card. Proxies' cores = students × {
+        1 / MIN_INTERVAL:.0f} frames/s × \
 {ms["frame"]:.2f} ms, as measured here.
 """
 

@@ -11,7 +11,7 @@ then checkpoint/, hardware/, engine/cpu_attention.py, engine/cpu_glm.py and tiny
 
 from chatglm.checkpoint.load import load
 from chatglm.engine.engine import Engine
-from chatglm.engine.sequence import Chunk, Request
+from chatglm.engine.sequence import Chunk, Sequence
 from chatglm.errors import EngineError, InvalidField, PromptTooLong, QueueFull
 from chatglm.sampling import SamplingParams
 
@@ -22,7 +22,7 @@ __all__ = [
     "InvalidField",
     "PromptTooLong",
     "QueueFull",
-    "Request",
     "SamplingParams",
+    "Sequence",
     "load",
 ]

@@ -16,9 +16,19 @@ class InvalidField(ValueError):
 class PromptTooLong(InvalidField):
     """Prompt and history leave no token for the answer. Fewer turns of history would do."""
 
+    def __init__(self, prompt_tokens: int, max_length: int, advice: str) -> None:
+        taken = f"prompt and history take {prompt_tokens} tokens"
+        super().__init__("max_length", f"{max_length} leaves no room: {taken}; {advice}")
+        self.prompt_tokens, self.max_length = prompt_tokens, max_length
+
 
 class EngineError(RuntimeError):
-    """The engine cannot answer: it was stopped, its thread died, or the time was up."""
+    """There is no answer, or no whole one. `finish_reason` says how it ended: "error" (the model
+    failed), "cancelled" (the engine was stopped) or "timeout"."""
+
+    def __init__(self, message: str, finish_reason: str = "error") -> None:
+        super().__init__(message)
+        self.finish_reason = finish_reason
 
 
 class QueueFull(EngineError):

@@ -1,4 +1,8 @@
-"""One conversation, one token at a time: `model.chat` and `model.stream_chat`."""
+"""One conversation, a token at a time: `model.chat` and `model.stream_chat`.
+
+The loop that makes a token is `generate_tokens`. The engine does the same for many conversations
+at once.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from chatglm.sampling import choose, penalise
+from chatglm.sampling import SamplingParams, check_room, choose, penalise
 from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.messages import extend_history, to_messages
 
@@ -18,7 +22,7 @@ class ChatMixin:
     def chat(
         self, tokenizer, query: str, history: list | None = None, **settings
     ) -> tuple[str, list]:
-        """The whole answer, and the history with it; the settings are those of `stream_chat`."""
+        """The whole answer, and the history with it. The settings are those of `stream_chat`."""
         for result in self.stream_chat(tokenizer, query, history, **settings):
             pass
         return result
@@ -39,59 +43,59 @@ class ChatMixin:
     ) -> Iterator[tuple[str, list]]:
         """Yields (text so far, history with it), as the text grows.
 
-        `max_length` counts prompt and answer, in tokens; temperature 0, or do_sample=False, is
-        greedy. The names and defaults are those of the published ChatGLM3. Raises ValueError for a
-        history of neither form and for a prompt that leaves no room within `max_length`.
+        `max_length` counts prompt and answer, in tokens. Temperature 0, or do_sample=False, is
+        greedy. The names and defaults are those of the published ChatGLM3. Raises InvalidField
+        for a history of neither form, and PromptTooLong if no token is left for the answer.
         """
-        ids = tokenizer.encode_chat(to_messages(query, history, role))
-        room = min(max_length, self.config.max_position_embeddings) - len(ids)
-        if room < 1:
-            raise ValueError(
-                f"prompt and history take {len(ids)} tokens, which leaves no room "
-                f"within max_length {max_length}"
-            )
-        settings = [
-            torch.tensor([float(v)], device=self.device)
-            for v in (temperature if do_sample else 0, top_p, repetition_penalty)
-        ]
-        seed = random.getrandbits(32) if seed is None else seed
+        # 1. The conversation as token ids
+        input_ids = tokenizer.encode_chat(to_messages(query, history, role))
+        context = self.config.max_position_embeddings  # type: ignore[attr-defined]
+        max_new_tokens = check_room(len(input_ids), max_length, context)
+        params = SamplingParams(
+            temperature=temperature if do_sample else 0,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=random.getrandbits(32) if seed is None else seed,
+        )
+        # 2. Token after token, as text
         text, detokenizer = "", Detokenizer(tokenizer.decode_raw, tokenizer.anchor)
-        for token in self._tokens(ids, room, *settings, seed):
+        for token in generate_tokens(self, input_ids, max_new_tokens, params):
             if token in tokenizer.stop_ids:
                 break
             detokenizer.push([token])
-            if (visible := tokenizer.visible(detokenizer.text, finished=False)) != text:
+            visible = tokenizer.visible(detokenizer.text, finished=False)
+            if visible != text:
                 text = visible
                 yield text, extend_history(history, query, text, role)
+        # 3. What was held back until it was clear that no more comes
         text = tokenizer.visible(detokenizer.finish(), finished=True)
         yield text, extend_history(history, query, text, role)
 
-    def _tokens(
-        self,
-        ids: list[int],
-        room: int,
-        temperature: torch.Tensor,
-        top_p: torch.Tensor,
-        penalty: torch.Tensor,
-        seed: int,
-    ) -> Iterator[int]:
-        """Prefill, then one forward pass a token over the key/value cache."""
-        input_ids = torch.tensor([ids], device=self.device)  # [1, prompt]
-        seen = torch.zeros(1, self.config.vocab_size, dtype=torch.bool, device=self.device)
-        seeds = torch.tensor([seed], device=self.device)
-        cache = None
-        for position in range(len(ids), len(ids) + room):
-            out = self(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            seen[0, input_ids[0]] = True
-            logits = penalise(out.logits[:, -1].float(), seen, penalty)  # [1, vocab]
-            if not torch.isfinite(logits).all():
-                raise ValueError(
-                    "the model's scores are not finite: its weights are damaged, or "
-                    "dtype float16 is too narrow for it"
-                )
-            token = choose(
-                logits, temperature, top_p, seeds, torch.tensor([position], device=self.device)
+
+def generate_tokens(
+    model, input_ids: list[int], max_new_tokens: int, params: SamplingParams
+) -> Iterator[int]:
+    """Prefill, then one forward pass a token over the KV cache. Stop tokens do not end it."""
+    device = model.device
+    temperature, top_p, penalty = (
+        torch.tensor([float(value)], device=device)
+        for value in (params.temperature, params.top_p, params.repetition_penalty)
+    )
+    seed = torch.tensor([params.seed], device=device)
+    seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=device)
+    new_ids = torch.tensor([input_ids], device=device)  # [1, prompt]: the first step is the prefill
+    cache = None
+    for position in range(len(input_ids), len(input_ids) + max_new_tokens):
+        output = model(new_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        seen[0, new_ids[0]] = True
+        logits = penalise(output.logits[:, -1].float(), seen, penalty)  # [1, vocab]
+        if not torch.isfinite(logits).all():
+            raise ValueError(
+                "the model's scores are not finite: its weights are damaged, or "
+                "dtype float16 is too narrow for it"
             )
-            yield token.item()
-            input_ids = token[None]
+        positions = torch.tensor([position], device=device)
+        token = choose(logits, temperature, top_p, seed, positions)  # [1]
+        yield int(token)
+        new_ids = token[None]  # [1, 1]: from now on, decode

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from chatglm.errors import PromptTooLong
+
+DEFAULT_MAX_LENGTH = 2048  # tokens of prompt and answer, where a request sets no limit
 CANDIDATES = 32  # likeliest tokens that are looked at first
 # Odd 64-bit multipliers of splitmix64 (Steele, Lea and Flood 2014), as signed integers.
 GOLDEN, MIX_1, MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
@@ -26,6 +29,15 @@ class SamplingParams:
     seed: int | None = None  # 32 bits; the same seed gives the same answer
     max_length: int | None = None  # of prompt and answer together
     max_new_tokens: int | None = None  # of the answer alone; the smaller bound holds
+
+
+def check_room(prompt_tokens: int, max_length: int, context: int) -> int:
+    """Tokens that are left for the answer within `max_length` and the model's context. Raises
+    PromptTooLong if there are none."""
+    if prompt_tokens < min(max_length, context):
+        return min(max_length, context) - prompt_tokens
+    advice = "shorten the history" + (", or raise max_length" if max_length < context else "")
+    raise PromptTooLong(prompt_tokens, min(max_length, context), advice)
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

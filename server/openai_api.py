@@ -177,9 +177,7 @@ async def parts(
     async with aclosing(chunks):
         async for chunk in chunks:
             reason = chunk.finish_reason
-            if reason in ("error", "cancelled") or (  # the next step raises EngineError
-                not reason and names and may_be_call(chunk.raw, names)
-            ):
+            if not reason and names and may_be_call(chunk.raw, names):
                 continue
             if reason and (call := read_call(chunk.raw, names)):
                 yield Part("", call, "tool_calls", chunk)

@@ -11,10 +11,10 @@ import psutil
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 import chatglm
-from chatglm.engine.batch import PAUSE, UNHURRIED, Newest
+from chatglm import SamplingParams
+from chatglm.engine.sequence import FIRST_TOKENS_UNTHROTTLED, MIN_INTERVAL, LatestOutput, Output
 from chatglm.text.messages import to_messages
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
@@ -47,14 +47,14 @@ async def until(condition, seconds=20):
 
 def is_empty(engine) -> bool:
     """Nothing is left of any request: no place, no page, no state, no handler."""
-    scheduler = engine._manager.batch_processor.scheduler
+    scheduler = engine._batch._manager.batch_processor.scheduler
     return not (
         engine.active
         or engine.waiting
-        or engine._places.reserved
+        or engine._admission.reserved_blocks
         or scheduler.active_requests
         or scheduler.waiting_requests
-        or engine._manager.output_router.readers
+        or engine._batch._manager.output_router.sequences
     )
 
 
@@ -201,7 +201,7 @@ def test_closing_the_iterator_cancels_and_leaves_nothing(loaded, moment):
                     lambda: any(
                         s.generated_tokens
                         for s in (
-                            engine._manager.batch_processor.scheduler.active_requests.values()
+                            engine._batch._manager.batch_processor.scheduler.active_requests.values()
                         )
                     )
                 )
@@ -235,13 +235,13 @@ def test_stopping_ends_answers_as_cancelled_and_leaves_no_thread(loaded):
     async def scenario():
         engine = chatglm.Engine(*loaded)
         seen = []
-        with pytest.raises(chatglm.EngineError):
+        with pytest.raises(chatglm.EngineError) as error:
             async with aclosing(engine.generate(to_messages("你好"), **ENDLESS)) as chunks:
                 async for chunk in chunks:
                     seen.append(chunk)
                     if len(seen) == 3:
                         await asyncio.to_thread(engine.stop)
-        assert seen[-1].finish_reason == "cancelled" and not engine.running
+        assert error.value.finish_reason == "cancelled" and not engine.running
 
     asyncio.run(scenario())
     left = [t for t in set(threading.enumerate()) - before if "generation" in str(t).lower()]
@@ -290,10 +290,11 @@ def test_what_does_not_fit_is_refused_with_both_counts(engine, loaded):
     prompt = to_messages("hi")
     count = len(loaded[0].encode_chat(prompt))
     with pytest.raises(ValueError, match=rf"max_length {count} .* {count} tokens"):
-        engine.prepare(prompt, max_length=count)
-    assert engine.prepare(prompt, max_length=count + 1).max_new_tokens == 1
-    assert engine.prepare(prompt, max_length=10**9).max_new_tokens == engine.context - count
-    assert engine.prepare(prompt, max_new_tokens=7).max_new_tokens == 7
+        engine.prepare(prompt, SamplingParams(max_length=count))
+    assert engine.prepare(prompt, SamplingParams(max_length=count + 1)).max_new_tokens == 1
+    whole = engine.prepare(prompt, SamplingParams(max_length=10**9))
+    assert whole.max_new_tokens == engine.max_request_tokens - count
+    assert engine.prepare(prompt, SamplingParams(max_new_tokens=7)).max_new_tokens == 7
 
 
 def test_the_next_turn_reads_the_cache_of_the_turn_before(engine, loaded):
@@ -316,7 +317,7 @@ def test_the_next_turn_reads_the_cache_of_the_turn_before(engine, loaded):
 
 def test_after_a_thousand_requests_many_cancelled_pages_and_memory_are_back(engine):
     draw, resident = random.Random(2), []
-    cache = engine._manager.batch_processor.cache
+    cache = engine._batch._manager.batch_processor.cache
     free = cache.compute_free_capacity()
 
     async def ask():
@@ -340,22 +341,22 @@ def test_after_a_thousand_requests_many_cancelled_pages_and_memory_are_back(engi
 
 def test_the_first_tokens_come_at_once_then_the_newest_in_turn_and_the_last_at_once():
     async def counts() -> list[int]:
-        newest, got, begin = Newest(None, lambda: None), [], time.monotonic()
+        latest, got, begin = LatestOutput(None, lambda: None), [], time.monotonic()
 
         async def read():
-            while not (got and newest.is_last):
-                got.append(len((await newest.get()).generated_tokens))
+            while not (got and latest.is_finished):
+                got.append(len((await latest.next()).token_ids))
 
         reading = asyncio.create_task(read())
         for count in range(1, 201):
-            status = RequestStatus.FINISHED if count == 200 else RequestStatus.DECODING
-            if newest.put(GenerationOutput("one", generated_tokens=[0] * count, status=status)):
-                newest.wake()
+            if latest.set(Output([0] * count, is_finished=count == 200)):
+                latest.notify()
             for _ in range(3):  # the reader's turn
                 await asyncio.sleep(0)
         await reading
-        assert len(got) <= UNHURRIED + 2 + (time.monotonic() - begin) / PAUSE
+        assert len(got) <= FIRST_TOKENS_UNTHROTTLED + 2 + (time.monotonic() - begin) / MIN_INTERVAL
         return got
 
     got = asyncio.run(counts())
-    assert got[: UNHURRIED + 1] == list(range(1, UNHURRIED + 2)) and got[-1] == 200
+    first = FIRST_TOKENS_UNTHROTTLED + 1
+    assert got[:first] == list(range(1, first + 1)) and got[-1] == 200

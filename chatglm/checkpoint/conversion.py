@@ -11,6 +11,8 @@ from transformers import GlmConfig, GlmForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
+from chatglm.engine.cpu_glm import FusedGlmMixin
+
 ROPE_BASE = 10000.0  # of the rotary embedding
 
 # published field -> GlmConfig field
@@ -38,7 +40,7 @@ FIXED_SETTINGS = {
 }
 
 
-class ChatGLMForConditionalGeneration(GlmForCausalLM):
+class ChatGLMForConditionalGeneration(FusedGlmMixin, GlmForCausalLM):
     """GLM under its published ChatGLM name, so that the table below leaves `glm` itself alone."""
 
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$"]  # computed from the config

@@ -11,7 +11,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    GlmForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.distributed import DistributedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -22,6 +28,7 @@ from chatglm.checkpoint.files import check_weights, find_folder, read_json
 from chatglm.checkpoint.memory import check_memory
 from chatglm.checkpoint.quantize import pick_quantization, wrong_shapes
 from chatglm.checkpoint.tokenizers import load_template_tokenizer, load_tokenizer
+from chatglm.engine.cpu_glm import FusedGlmMixin
 from chatglm.generate import ChatMixin
 from chatglm.hardware.device import pick_device, pick_dtype
 from chatglm.hardware.tensor_parallel import check_devices, launch
@@ -115,6 +122,14 @@ def load_native_config(folder: Path) -> PretrainedConfig:
 # 2. Onto the device
 
 
+def chat_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class with `chat` and `stream_chat`, and a GLM with its fast path on a CPU. It keeps its
+    name, because the table in conversion.py is registered under that."""
+    is_plain_glm = model_class is GlmForCausalLM
+    mixins = (ChatMixin, FusedGlmMixin) if is_plain_glm else (ChatMixin,)
+    return type(model_class.__name__, (*mixins, model_class), {})
+
+
 def load_weights(
     model_class,
     folder: Path,
@@ -127,8 +142,7 @@ def load_weights(
 ):
     """Streams the shards onto the device. Raises ValueError if a tensor is missing, left over or
     of another shape than the configuration says."""
-    # Of the same name, because the table in glm.py goes by it.
-    chatting = type(model_class.__name__, (ChatMixin, model_class), {})
+    chatting = chat_class(model_class)
     place = (
         {"device_map": {"": device}}
         if devices == 1

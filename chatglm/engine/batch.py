@@ -1,18 +1,22 @@
-"""From the thread that runs the model to the event loop: what is new of each answer.
+"""The seam to transformers' continuous batching: a batch of sequences, and the thread that runs it.
 
-While Python runs on the event loop, the thread of the model waits for the interpreter. So a
-reader is woken for the first few tokens as they come, then at most 25 times a second, which looks
-smooth, and for the last; and the thread rouses the loop only in a step in which some reader is to
-be woken.
+Everything that this project takes from inside `transformers.generation.continuous_batching` is
+named in this file, or in cpu_attention.py beside it. tests/test_seam.py checks each of these names.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import math
+import threading
 
 import torch
-from transformers import ContinuousBatchingConfig, PreTrainedModel
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
@@ -20,113 +24,178 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import is_flash_attn_2_available
 
+from chatglm.engine import cpu_attention
+from chatglm.engine.cpu_glm import FusedGlmMixin
+from chatglm.engine.sequence import LatestOutput, Output, Sequence
 from chatglm.hardware.device import free_memory
-from chatglm.sampling import choose, penalise
+from chatglm.sampling import DEFAULT_MAX_LENGTH, choose, penalise
 
-CPU_CACHE_SHARE = 0.4  # of the free host memory, the most that the key/value cache may take
-CPU_BATCH_TOKENS = 512  # prompt tokens a step takes in: a long prompt must not hold up the others
-PAGE = 32  # tokens in a page of the cache: prefixes are shared by whole pages
-PAUSE = 0.04  # seconds from one chunk to the next, at least
-UNHURRIED = 8  # tokens that come without a pause
+BLOCK_SIZE = 32  # tokens in a block of the KV cache: prefixes are shared by whole blocks
+CPU_CACHE_SHARE = 0.4  # of the free host memory, the most that the KV cache may take
+CPU_BATCH_TOKENS = 512  # prompt tokens per step: a long prompt must not hold up the others
 
 
-class Newest:
-    """What the thread has last reported of a request, for its reader; older reports are lost, but
-    each holds all the tokens. After `timeout` seconds there is only TimeoutError."""
+class Batch:
+    """The sequences that run, their KV cache of `num_blocks` blocks of `block_size` tokens, and
+    the model thread, which takes all of them a token further in each step."""
 
-    _resting: asyncio.TimerHandle | None = None  # from one chunk to the next
-
-    def __init__(self, timeout: float | None, at_last: Callable[[], None]) -> None:
-        self._output: GenerationOutput | None = None
-        self._at_last, self._is_late, self._arrived = at_last, False, asyncio.Event()
-        # One timer for all: asyncio.timeout() around each wait would take as long as the wait.
-        self.loop = asyncio.get_running_loop()
-        self._timer = self.loop.call_later(timeout, self._expire) if timeout else None
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stop_ids: list[int],
+        max_running: int,
+        max_model_len: int,
+    ) -> None:
+        self._model = model
+        # Sampling is not left to the library: SamplerProcessor chooses, and greedy takes that.
+        greedy = GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0])
+        self._manager = model.init_continuous_batching(greedy, cache_config(model, max_running))
+        # Both must be in place before `warmup` builds what refers to them.
+        self._router = self._manager.output_router = SequenceRouter()
+        self._manager.logit_processor = SamplerProcessor(
+            model.config.vocab_size, max_running, model.device
+        )
+        config = self._manager.continuous_batching_config
+        if model.device.type == "cpu":
+            model.set_attn_implementation(cpu_attention.NAME)
+            # The library then passes a block table, as it does to flash attention.
+            config.max_blocks_per_request = math.ceil(max_model_len / config.page_size)
+            if isinstance(model, FusedGlmMixin):
+                model.fuse()
+        self._manager.warmup()  # builds the cache now: a lack of memory shows at start-up
+        self.block_size: int = config.page_size
+        self.num_blocks: int = self._manager.batch_processor.cache.num_blocks
 
     @property
-    def is_last(self) -> bool:
-        return self._output is not None and self._output.is_finished()
+    def running(self) -> bool:
+        """Whether the model thread is alive and takes sequences."""
+        refusal = self._manager.background_thread_status.can_accept_new_requests()
+        return self._manager.is_running() and refusal is None
 
-    def put(self, output: GenerationOutput) -> bool:
-        """From the thread, once a step. Whether `wake` is to be called on the loop."""
-        self._output = output  # first: who ends a rest looks whether there is another by then
-        return self._resting is None or output.is_finished()
+    def start(self) -> None:
+        # A thread is a daemon if its starter is: a script that forgets `stop` can still end.
+        starter = threading.Thread(target=self._manager.start, daemon=True)
+        starter.start()
+        starter.join()
 
-    def wake(self) -> None:
-        if self.is_last:  # a reader that reads no more must not keep others out
-            self._at_last()
-        self._arrived.set()
+    def stop(self) -> None:
+        """Joins the model thread, dead or alive. Sequences that still run get a last output with
+        an error."""
+        self._manager.stop(block=True, hard_stop=True)
+        if self._model.device.type == "cpu":
+            self._model.set_attn_implementation("sdpa")
 
-    async def get(self) -> GenerationOutput:
-        await self._arrived.wait()
-        self._arrived.clear()
-        output = self._output
-        if self.is_last:
-            return self._output
-        if self._is_late:
-            raise TimeoutError
-        if len(output.generated_tokens) > UNHURRIED:
-            self._resting = self.loop.call_later(PAUSE, self._rested, output)
-        return output
+    def add(self, sequence: Sequence) -> bool:
+        """Hands it to the model thread. False if that is not able to take it."""
+        params, request_id = sequence.params, sequence.request_id
+        self._router.sequences[request_id] = sequence  # first, or an output would be missed
+        accepted = self._manager.add_request(
+            sequence.input_ids,
+            request_id=request_id,
+            max_new_tokens=sequence.max_new_tokens,
+            streaming=True,
+            temperature=float(params.temperature),
+            top_p=float(params.top_p),
+            repetition_penalty=float(params.repetition_penalty),
+            seed=params.seed,
+        )
+        if accepted is None:
+            del self._router.sequences[request_id]
+        return accepted is not None
 
-    def close(self) -> None:
-        for timer in (self._timer, self._resting):
-            if timer:
-                timer.cancel()
-
-    def _rested(self, read: GenerationOutput) -> None:
-        self._resting = None
-        if self._output is not read:
-            self._arrived.set()
-
-    def _expire(self) -> None:
-        self._is_late = True
-        self._arrived.set()
+    def remove(self, sequence: Sequence) -> None:
+        """Forgets it. If it still runs, it leaves the batch before the next step."""
+        del self._router.sequences[sequence.request_id]
+        if not sequence.latest.is_finished:
+            self._manager.cancel_request(sequence.request_id)
 
 
-class Router(OutputRouter):
-    """Hands each of the thread's outputs to its reader; what has none any more is dropped."""
+def cache_config(model: PreTrainedModel, max_running: int) -> ContinuousBatchingConfig:
+    """The KV cache and the batch. A GPU's cache takes what memory there is; in host memory it
+    takes what `max_running` conversations of DEFAULT_MAX_LENGTH tokens need."""
+    settings: dict = dict(
+        max_requests_per_batch=max_running,
+        return_logprobs=True,
+        use_async_batching=False,
+        max_memory_percent=0.8,
+    )
+    if model.device.type == "cuda" and is_flash_attn_2_available():
+        return ContinuousBatchingConfig(**settings)  # flash attention needs its own block size
+    # auto_switch_to_flash would download a flash attention from the model hub.
+    settings |= dict(page_size=BLOCK_SIZE, auto_switch_to_flash=False)
+    if model.device.type == "cpu":
+        config = model.config
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        block_bytes = BLOCK_SIZE * numbers * model.dtype.itemsize  # keys and values
+        affordable = int(CPU_CACHE_SHARE * free_memory(model.device) / block_bytes)
+        wanted = max_running * (DEFAULT_MAX_LENGTH // BLOCK_SIZE + 1)
+        settings |= dict(
+            num_blocks=max(2, min(wanted, affordable)), max_batch_tokens=CPU_BATCH_TOKENS
+        )
+    return ContinuousBatchingConfig(**settings)
+
+
+# --- From the model thread to the event loop -----------------------------------------------------
+
+
+class SequenceRouter(OutputRouter):
+    """Puts each of the library's outputs into its sequence's mailbox.
+
+    The loop is woken once a step, for all readers that are due; outputs of sequences that were
+    removed are dropped. (The library would keep these in a queue for ever.)
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.readers: dict[str, Newest] = {}  # by request id
+        self.sequences: dict[str, Sequence] = {}  # by request id
 
     def deliver(self, output: GenerationOutput) -> None:
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        due: dict[asyncio.AbstractEventLoop, list[Newest]] = {}
+        due: dict[asyncio.AbstractEventLoop, list[LatestOutput]] = {}
         for output in outputs:
-            reader = self.readers.get(output.request_id)
-            if reader is not None and reader.put(output):
-                due.setdefault(reader.loop, []).append(reader)
-        for loop, readers in due.items():
-            loop.call_soon_threadsafe(wake_all, readers)
+            sequence = self.sequences.get(output.request_id)
+            if sequence is not None and sequence.latest.set(translate(output)):
+                due.setdefault(sequence.latest.loop, []).append(sequence.latest)
+        for loop, mailboxes in due.items():
+            loop.call_soon_threadsafe(notify_all, mailboxes)
 
 
-def wake_all(readers: list[Newest]) -> None:
-    for reader in readers:
-        reader.wake()
+def translate(output: GenerationOutput) -> Output:
+    error = output.error
+    if output.logprobs and math.isnan(output.logprobs[-1]):  # the mark of SamplerProcessor
+        error = "the model's scores are not finite"
+    return Output(output.generated_tokens, output.is_finished(), error)
 
 
-class Sampler(ContinuousBatchingLogitsProcessorList):
-    """All of the above as the one logits processor of a continuous batch.
+def notify_all(mailboxes: list[LatestOutput]) -> None:
+    for mailbox in mailboxes:
+        mailbox.notify()
 
-    It marks the chosen token by probability 1, so the batch's own argmax takes it, and a row with
-    a NaN or infinity by NaN, which reaches that request alone, as its token's log-probability.
-    Settings travel in a row each of an int32 tensor that the batch keeps (a CUDA graph replays
-    with what lies there); floats lie in it bit for bit.
+
+# --- The sampler, inside a step -------------------------------------------------------------------
+
+
+class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
+    """chatglm.sampling as the one logits processor of the batch: a row per sequence.
+
+    It gives the chosen token log-probability 0 and all others minus infinity, so the library's
+    argmax takes it. A row with a NaN or infinity is marked by NaN, which reaches that sequence
+    alone, as its token's log-probability. The settings travel in an int32 tensor [5, rows] that
+    the library owns, because a CUDA graph replays with what lies there. Floats are stored in it
+    bit for bit.
     """
 
-    do_processing = True
     FLOATS = ("temperature", "top_p", "repetition_penalty")
-    tensors_required = len(FLOATS) + 2  # and the seed, and the position
 
-    def __init__(self, vocab_size: int, max_requests: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, max_running: int, device: torch.device) -> None:
+        super().__init__(LogitsProcessorList())
         self.supported_keys = {**dict.fromkeys(self.FLOATS, float), "seed": int}
-        self.ignored_keys = set()
-        self.seen = torch.zeros(max_requests, vocab_size, dtype=torch.bool, device=device)
-        self.penalising = False  # whether a request of this step has a penalty; used on a CPU only
+        self.tensors_required = len(self.FLOATS) + 2  # and the seed, and the position
+        self.do_processing = True
+        self.seen = torch.zeros(max_running, vocab_size, dtype=torch.bool, device=device)
+        self.penalising = False  # whether a row of this step has a penalty; used on a CPU only
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()
@@ -137,14 +206,17 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
         states = [request.state for request in requests_in_batch if request.has_new_token]
         settings = [state.logit_processor_kwargs for state in states]
         floats = torch.tensor([[s[name] for s in settings] for name in self.FLOATS])
-        # A seed has 32 bits and no sign; position_offset already counts the tokens of this step.
-        integers = torch.tensor(
-            [[s["seed"] for s in settings], [state.position_offset for state in states]],
-            dtype=torch.int64,
-        )
+        # position_offset already counts the tokens of this step.
+        seeds_and_positions = [
+            [s["seed"] for s in settings],
+            [state.position_offset for state in states],
+        ]
+        # A seed has 32 bits and no sign: int64 first, then the lower half of it.
+        integers = torch.tensor(seeds_and_positions, dtype=torch.int64).to(torch.int32)
+        device = arg_storage.device
         arg_storage[:, : len(requests_in_batch)] = 0
-        arg_storage[:3, : len(states)] = floats.view(torch.int32).to(arg_storage.device)
-        arg_storage[3:, : len(states)] = integers.to(torch.int32).to(arg_storage.device)
+        arg_storage[:3, : len(states)] = floats.view(torch.int32).to(device)
+        arg_storage[3:, : len(states)] = integers.to(device)
         self.penalising = any(s["repetition_penalty"] != 1.0 for s in settings)
         for row, state in enumerate(states):
             if state.logit_processor_kwargs["repetition_penalty"] != 1.0:
@@ -152,7 +224,8 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
         return arg_storage
 
     def _seen_by(self, state) -> torch.Tensor:
-        """The tokens of prompt and answer, [V]. Kept with the request, and gone with it."""
+        """The tokens of prompt and answer, [V]. Kept with the request's settings, so that it is
+        freed with the request."""
         seen = state.logit_processor_kwargs.get("seen")
         if seen is None:
             seen = torch.zeros(self.seen.shape[1], dtype=torch.bool, device=self.seen.device)
@@ -171,39 +244,6 @@ class Sampler(ContinuousBatchingLogitsProcessorList):
             penalty = torch.where(penalty > 0, penalty, 1.0)  # rows that only prefill have 0
             scores = penalise(scores, self.seen[: len(scores)], penalty)
         token = choose(scores, temperature, top_p, seed & 0xFFFFFFFF, position)
-        # A sum is finite if all in it are, and takes a tenth of the time of a look at each.
+        # A sum is finite if all its terms are. Ten times faster than `isfinite` on every element.
         mark = torch.where(torch.isfinite(scores.sum(dim=-1)), 0.0, torch.nan)
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], mark[:, None])
-
-
-def cache_config(
-    model: PreTrainedModel, max_requests: int, tokens_each: int
-) -> ContinuousBatchingConfig:
-    """The key/value cache and the batch: as large as a GPU allows; in host memory, what
-    `max_requests` of `tokens_each` tokens need."""
-    settings = dict(
-        max_requests_per_batch=max_requests,
-        return_logprobs=True,
-        use_async_batching=False,
-        max_memory_percent=0.8,
-    )
-    if model.device.type == "cuda" and is_flash_attn_2_available():
-        return ContinuousBatchingConfig(**settings)  # flash attention wants its own page size
-    # auto_switch_to_flash would fetch a flash attention from the hub by itself.
-    settings |= dict(page_size=PAGE, auto_switch_to_flash=False)
-    if model.device.type == "cpu":
-        config = model.config
-        page_bytes = (
-            2
-            * PAGE
-            * config.num_key_value_heads
-            * config.head_dim
-            * config.num_hidden_layers
-            * model.dtype.itemsize
-        )
-        affordable = int(CPU_CACHE_SHARE * free_memory(model.device) / page_bytes)
-        wanted = max_requests * (tokens_each // PAGE + 1)
-        settings |= dict(
-            num_blocks=max(2, min(wanted, affordable)), max_batch_tokens=CPU_BATCH_TOKENS
-        )
-    return ContinuousBatchingConfig(**settings)

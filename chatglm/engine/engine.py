@@ -1,7 +1,16 @@
-"""Many conversations at once, over transformers' continuous batching.
+"""Many conversations at once: the public class.
 
-One thread runs the model: each step takes every request under way one token further, and lets
-new ones join. The event loop submits requests and reads tokens; it never waits for the model.
+    event loop (the server's thread)               model thread
+    ────────────────────────────────               ────────────
+    prepare   check, tokenise (any thread)
+    submit    queue, wait for a place      ──▶     step: one forward pass of the network
+              in the KV cache                        · prefill: prompts that joined, 512 tokens
+                                                       at a time on a CPU
+    generate  detokenise, yield a chunk    ◀──         · decode: one token for every sequence
+    close     cancel                       ──▶       · sequences that ended or were cancelled leave
+
+The loop never waits for the model, and the model never waits for a reader: between them lies a
+mailbox per sequence that keeps the newest output only.
 """
 
 from __future__ import annotations
@@ -10,35 +19,29 @@ import itertools
 import logging
 import math
 import random
-import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, closing
+from dataclasses import replace
 
-from transformers import GenerationConfig
-from transformers.generation.continuous_batching.requests import GenerationOutput
-
-from chatglm.engine import cpu_attention, cpu_glm
-from chatglm.engine.admission import Places, Ticket
-from chatglm.engine.batch import Newest, Router, Sampler, cache_config
-from chatglm.engine.sequence import Chunk, Report, Request, finish_reason
+from chatglm.engine.admission import AdmissionQueue
+from chatglm.engine.batch import Batch
+from chatglm.engine.sequence import Chunk, LatestOutput, Output, RequestStats, Sequence
 from chatglm.errors import EngineError
 from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
+from chatglm.sampling import DEFAULT_MAX_LENGTH, SamplingParams, check_room
 from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.messages import extend_history, to_messages
 
 logger = logging.getLogger("chatglm")
 
-MAX_LENGTH = 2048  # tokens of prompt and answer, where a request does not say
-
 
 class Engine:
     """Serves many conversations with one model, from one event loop.
 
-    `active` requests are being generated, `waiting` ones wait for a place: at most
-    `max_concurrency` run at once, and only as many as the key/value cache can hold to their end;
-    at most `max_waiting` wait. No answer takes longer than `timeout` seconds, once it has a place,
-    or more than `max_length` tokens with its prompt, if these are given.
+    `active` requests are being generated, `waiting` ones are queued: at most `max_concurrency`
+    run at once, and only as many as the KV cache can hold to their end; at most `max_waiting` wait.
+    `timeout` limits the seconds of an answer once it runs, `max_length` its tokens with the prompt.
     """
 
     def __init__(
@@ -52,87 +55,65 @@ class Engine:
     ) -> None:
         self.tokenizer, self.model = tokenizer, model
         self.max_concurrency, self.timeout = max_concurrency, timeout
-        self.longest = min(max_length or math.inf, model.config.max_position_embeddings)
-        self._places = Places(max_concurrency, max_waiting)
-        self._manager = None
-        self._page = 0  # tokens in a page of the cache
-        self._ids = itertools.count()
+        context = model.config.max_position_embeddings
+        self.max_model_len: int = min(max_length or context, context)  # tokens
+        self.max_request_tokens = self.max_model_len  # less if the KV cache is smaller
+        self._admission = AdmissionQueue(max_concurrency, max_waiting)
+        self._batch: Batch | None = None
+        self._thread_policy = None
+        self._request_numbers = itertools.count()
         self._stopping = False
-        self.context = self.longest  # tokens; less if the cache is smaller
 
     # 1. Start and stop
 
     @property
     def active(self) -> int:
-        return self._places.active
+        return self._admission.num_running
 
     @property
     def waiting(self) -> int:
-        return len(self._places.queue)
+        return len(self._admission.waiting)
 
     @property
     def running(self) -> bool:
-        """Whether the thread is alive and takes requests."""
-        manager = self._manager
-        return (
-            manager is not None
-            and manager.is_running()
-            and manager.background_thread_status.can_accept_new_requests() is None
-        )
+        """Whether the model thread is alive and takes requests."""
+        return self._batch is not None and self._batch.running
 
     def start(self) -> None:
-        """Allocates the cache and starts the thread; after its death, both anew."""
+        """Allocates the KV cache and starts the model thread. Does both again if it died."""
         if self.running:
             return
-        self._end_thread()
+        self._end_batch()
         self._stopping = False
-        install_thread_policy(self.model)
-        with (
-            single_threaded()
-        ):  # but the thread is none of it, and has what torch is told otherwise
-            self._manager = self._make_manager()
-        # A thread is a daemon if its starter is: a script that forgets `stop` can still end.
-        starter = threading.Thread(target=self._manager.start, daemon=True)
-        starter.start()
-        starter.join()
-
-    def _make_manager(self):
-        """The library's manager of a batch, with its cache; its thread does not run yet."""
-        self.max_concurrency, self.longest = broadcast_from_rank0(
-            self.max_concurrency, self.longest
+        self.max_concurrency, self.max_model_len = broadcast_from_rank0(
+            self.max_concurrency, self.max_model_len
         )
-        model, stop_ids = self.model, self.tokenizer.stop_ids
-        manager = model.init_continuous_batching(
-            GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=stop_ids[0]),
-            cache_config(model, self.max_concurrency, MAX_LENGTH),
-        )
-        manager.output_router = Router()
-        manager.logit_processor = Sampler(
-            model.config.vocab_size, self.max_concurrency, model.device
-        )
-        config = manager.continuous_batching_config
-        if model.device.type == "cpu":
-            model.set_attn_implementation(cpu_attention.NAME)  # finds pages itself, as flash does
-            config.max_blocks_per_request = math.ceil(self.longest / config.page_size)
-            cpu_glm.use_fused_forward(model)
-        manager.warmup()  # builds the cache here, so that a lack of memory shows at start-up
-        self._page = config.page_size
-        self._places.pages = manager.batch_processor.cache.num_blocks
-        self.context = min(self.longest, (self._places.pages - 1) * self._page)
-        return manager
+        self._thread_policy = install_thread_policy(self.model)
+        # Single-threaded while the cache is built. The model thread starts after this block and
+        # gets torch's usual number of threads.
+        with single_threaded():
+            self._batch = Batch(
+                self.model, self.tokenizer.stop_ids, self.max_concurrency, self.max_model_len
+            )
+        self._admission.num_blocks = self._batch.num_blocks
+        # One block stays free: a sequence may share its first block with another.
+        usable_tokens = (self._batch.num_blocks - 1) * self._batch.block_size
+        self.max_request_tokens = min(self.max_model_len, usable_tokens)
+        self._batch.start()
 
     def stop(self) -> None:
-        """Ends the thread after its current step; answers under way end as `cancelled`."""
+        """Ends the model thread after its current step. Answers under way raise EngineError."""
         self._stopping = True
-        self._end_thread()
+        self._end_batch()
 
-    def _end_thread(self) -> None:
-        """Joins the thread, if there is one, dead or alive, and frees its cache."""
-        if self._manager is not None:
-            self._manager.stop(block=True, hard_stop=True)
-            self._manager = None
-        if self.model.config._attn_implementation == cpu_attention.NAME:
-            self.model.set_attn_implementation("sdpa")
+    def _end_batch(self) -> None:
+        """Joins the model thread, dead or alive, and frees the KV cache."""
+        if self._batch is not None:
+            self._batch.stop()
+            self._batch = None
+        if self._thread_policy is not None:
+            self._thread_policy.remove()
+            self._thread_policy = None
 
     def __enter__(self) -> Engine:
         self.start()
@@ -141,155 +122,132 @@ class Engine:
     def __exit__(self, *_) -> None:
         self.stop()
 
-    # 2. A request's way: prepare, wait for a place, stream
+    # 2. The way of a request: prepare, submit, read chunks
 
     def prepare(
-        self,
-        messages: list[dict],
-        max_length: int | None = None,
-        max_new_tokens: int | None = None,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        beginning: str = "",
-    ) -> Request:
+        self, messages: list[dict], params: SamplingParams | None = None, forced_prefix: str = ""
+    ) -> Sequence:
         """Checks and tokenises. Any thread may call it.
 
-        `max_length` counts prompt and answer, `max_new_tokens` the answer alone; the smaller
-        bound holds, and the model's context anyway. The answer goes on from `beginning`, such as
-        the name of a tool that must be called. Raises ValueError if nothing fits.
+        Without any limit in `params`, `max_length` is DEFAULT_MAX_LENGTH. The answer continues
+        `forced_prefix`, such as the name of a tool that must be called. Raises PromptTooLong if
+        no token is left for the answer, and ValueError for messages that cannot be encoded.
         """
+        params = params or SamplingParams()
         input_ids = self.tokenizer.encode_chat(messages)
-        if beginning:
-            input_ids += self.tokenizer.encode(beginning)
+        if forced_prefix:
+            input_ids += self.tokenizer.encode(forced_prefix)
+        max_length = params.max_length
         if max_length is None:
-            max_length = MAX_LENGTH if max_new_tokens is None else self.context
-        room = min(max_length, self.context) - len(input_ids)
-        if room < 1:
-            # The client looks for "leaves no room", and drops old turns then.
-            raise ValueError(
-                f"max_length {min(max_length, self.context)} leaves no room: prompt "
-                f"and history take {len(input_ids)} tokens; shorten the history"
-                + (", or raise max_length" if max_length < self.context else "")
-            )
-        seed = random.getrandbits(32) if seed is None else seed
-        if max_new_tokens is not None:
-            room = min(room, max_new_tokens)
-        return Request(
-            input_ids,
-            room,
-            float(temperature),
-            float(top_p),
-            float(repetition_penalty),
-            seed,
-            beginning,
-        )
+            unlimited = params.max_new_tokens is None
+            max_length = DEFAULT_MAX_LENGTH if unlimited else self.max_request_tokens
+        max_new_tokens = check_room(len(input_ids), max_length, self.max_request_tokens)
+        if params.max_new_tokens is not None:
+            max_new_tokens = min(max_new_tokens, params.max_new_tokens)
+        if params.seed is None:
+            params = replace(params, seed=random.getrandbits(32))
+        return Sequence(input_ids, max_new_tokens, params, forced_prefix)
 
-    async def generate(self, messages: list[dict], **settings) -> AsyncIterator[Chunk]:
-        """Chunks of the answer, each the whole text so far; the settings are `prepare`'s."""
-        async with aclosing(self.stream(self.prepare(messages, **settings))) as chunks:
+    async def submit(self, sequence: Sequence) -> AsyncGenerator[Chunk, None]:
+        """Queues it, and returns the chunks of its answer. Raises QueueFull, or EngineError.
+
+        Each chunk holds the whole text so far; the last has a `finish_reason`. Not every step has
+        a chunk: at most 25 come a second, and a slow reader gets the newest. If there will be no
+        whole answer, the generator raises EngineError. Closing it cancels the request, whether it
+        waits or runs.
+        """
+        chunks = self._run(sequence)
+        # Runs it up to its first yield: only a generator that has started runs its `finally`
+        # when it is closed, or dropped.
+        await anext(chunks)
+        return chunks
+
+    async def generate(self, messages: list[dict], **params) -> AsyncGenerator[Chunk, None]:
+        """Chunks of the answer; `params` are the fields of SamplingParams."""
+        sequence = self.prepare(messages, SamplingParams(**params))
+        async with aclosing(await self.submit(sequence)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     async def stream_chat(
-        self, prompt: str, history: list | None = None, **settings
-    ) -> AsyncIterator[tuple[str, list]]:
+        self, prompt: str, history: list | None = None, **params
+    ) -> AsyncGenerator[tuple[str, list], None]:
         """(text so far, history with it), as the published `stream_chat`, for many at once."""
-        async with aclosing(self.generate(to_messages(prompt, history), **settings)) as chunks:
+        async with aclosing(self.generate(to_messages(prompt, history), **params)) as chunks:
             async for chunk in chunks:
                 yield chunk.text, extend_history(history, prompt, chunk.text)
 
-    async def stream(self, request: Request) -> AsyncIterator[Chunk]:
-        """Chunks of the answer. Closing the iterator cancels the request, wherever it is.
-
-        The first chunk comes at once, without text, and the last has a `finish_reason`. Not every
-        step has one: 25 a second come at most, and to a slow reader the newest. Raises QueueFull
-        before the first, and EngineError there or after a last chunk of `error` or `cancelled`.
-        """
+    async def _run(self, sequence: Sequence) -> AsyncGenerator[Chunk, None]:
         self._keep_running()
-        ticket = self._places.enter(self._pages_for(request))
-        report = Report(f"request-{next(self._ids)}", len(request.input_ids))
+        self._enqueue(sequence)
         try:
-            yield Chunk("", "", report.prompt_tokens, 0)
-            await ticket.turn
-            async with aclosing(self._outputs(request, report.id, ticket)) as outputs:
-                detokenizer = Detokenizer(self.tokenizer.decode_raw, self.tokenizer.anchor)
-                async for output in outputs:
-                    yield self._chunk(request, output, detokenizer, report)
-                    if report.reason == "error":
-                        self._keep_running()  # if it was the thread that died
-                    if report.reason in ("error", "cancelled"):
-                        raise EngineError(f"the answer was broken off ({report.reason})")
-        except TimeoutError as error:
-            report.reason = "timeout"
-            raise EngineError(f"the answer took more than {self.timeout:g} s") from error
+            yield Chunk("", "", 0, 0)  # queued; `submit` takes this one
+            await sequence.admitted
+            async with aclosing(self._read(sequence)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except EngineError as error:
+            sequence.stats.finish_reason = error.finish_reason
+            raise
         finally:
-            self._places.leave(ticket)
-            logger.info("%s", report)
+            self._admission.release(sequence)
+            logger.info("%s", sequence.stats)
 
-    def _chunk(
-        self, request: Request, output: GenerationOutput, detokenizer: Detokenizer, report: Report
-    ) -> Chunk:
-        tokens, stop_ids = output.generated_tokens, self.tokenizer.stop_ids
-        ended = bool(tokens) and tokens[-1] in stop_ids
-        detokenizer.push(tokens[report.count : len(tokens) - ended])
-        report.reason = finish_reason(output, report.count, stop_ids, self._stopping)
-        report.token(len(tokens))
-        raw = request.beginning + (detokenizer.finish() if report.reason else detokenizer.text)
-        return Chunk(
-            self.tokenizer.visible(raw, finished=bool(report.reason)),
-            raw,
-            report.prompt_tokens,
-            report.count,
-            report.reason,
-        )
+    def _enqueue(self, sequence: Sequence) -> None:
+        assert self._batch is not None
+        sequence.request_id = f"request-{next(self._request_numbers)}"
+        sequence.stats = RequestStats(sequence.request_id, len(sequence.input_ids))
+        tokens = len(sequence.input_ids) + sequence.max_new_tokens
+        # One block more: the first may be shared with a sequence that begins alike.
+        sequence.num_blocks = math.ceil(tokens / self._batch.block_size) + 1
+        self._admission.enqueue(sequence)
 
-    async def _outputs(
-        self, request: Request, request_id: str, ticket: Ticket
-    ) -> AsyncIterator[GenerationOutput]:
-        """What the thread reports of a request, the newest only. Raises TimeoutError."""
-        with closing(Newest(self.timeout, lambda: self._places.leave(ticket))) as newest:
-            manager = self._submit(request, request_id, newest)
+    async def _read(self, sequence: Sequence) -> AsyncGenerator[Chunk, None]:
+        """Hands the sequence to the model thread, and yields what comes back."""
+        latest = LatestOutput(self.timeout, lambda: self._admission.release(sequence))
+        sequence.latest = latest
+        with closing(latest):
+            batch = self._add_to_batch(sequence)
+            detokenizer = Detokenizer(self.tokenizer.decode_raw, self.tokenizer.anchor)
             try:
-                while True:
-                    yield (output := await newest.get())  # the reader may take its time
-                    if output.is_finished():
-                        return
+                while sequence.stats.finish_reason is None:
+                    yield self._chunk(sequence, await latest.next(), detokenizer)
+            except TimeoutError as error:
+                message = f"the answer took more than {self.timeout:g} s"
+                raise EngineError(message, "timeout") from error
             finally:
-                del manager.output_router.readers[request_id]
-                if not newest.is_last:
-                    manager.cancel_request(request_id)
+                batch.remove(sequence)
 
-    def _submit(self, request: Request, request_id: str, newest: Newest):
-        """Hands the request to the thread, to a new one if that has died. Returns its manager."""
+    def _add_to_batch(self, sequence: Sequence) -> Batch:
+        """The batch that has taken the sequence: a new one if the model thread has died."""
         for _ in range(2):
             self._keep_running()
-            manager = self._manager
-            manager.output_router.readers[request_id] = newest  # first, or a token is missed
-            accepted = manager.add_request(
-                request.input_ids,
-                request_id=request_id,
-                max_new_tokens=request.max_new_tokens,
-                streaming=True,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                repetition_penalty=request.repetition_penalty,
-                seed=request.seed,
-            )
-            if accepted is not None:
-                return manager
+            assert self._batch is not None
+            if self._batch.add(sequence):
+                return self._batch
         raise EngineError("the model is not able to answer now")
 
-    def _pages_for(self, request: Request) -> int:
-        """Pages of the cache that the request may fill to its end, and one it may share."""
-        pages = math.ceil((len(request.input_ids) + request.max_new_tokens) / self._page) + 1
-        if pages > self._places.pages:  # prepared before a restart that found less memory
-            raise EngineError("the key/value cache is too small for this request")
-        return pages
+    def _chunk(self, sequence: Sequence, output: Output, detokenizer: Detokenizer) -> Chunk:
+        """The answer so far, told by `output`. Raises EngineError if it failed."""
+        if output.error is not None:
+            if self._stopping:
+                raise EngineError("the engine was stopped", "cancelled")
+            logger.error("%s: %s", sequence.request_id, output.error)
+            self._keep_running()  # if it was the model thread that died
+            raise EngineError("the model failed; the answer is broken off")
+        stats, tokens = sequence.stats, output.token_ids
+        stopped = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
+        detokenizer.push(tokens[stats.completion_tokens : len(tokens) - stopped])
+        stats.record(len(tokens))
+        if output.is_finished:
+            stats.finish_reason = "stop" if stopped else "length"
+        text = detokenizer.finish() if output.is_finished else detokenizer.text
+        raw = sequence.forced_prefix + text
+        visible = self.tokenizer.visible(raw, finished=output.is_finished)
+        return Chunk(visible, raw, stats.prompt_tokens, len(tokens), stats.finish_reason)
 
     def _keep_running(self) -> None:
-        """Starts the thread where it is not yet, or no longer, alive."""
+        """Starts the model thread if it is not, or no longer, alive."""
         if self._stopping:
-            raise EngineError("the engine is stopped")
+            raise EngineError("the engine is stopped", "cancelled")
         self.start()

@@ -1,76 +1,140 @@
-"""What goes into the engine and what comes out of it."""
+"""One request in flight, from `Engine.prepare` to the last token of its answer."""
 
 from __future__ import annotations
 
-import logging
-import math
+import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from transformers.generation.continuous_batching.requests import GenerationOutput
+from chatglm.sampling import SamplingParams
 
-logger = logging.getLogger("chatglm")
+MIN_INTERVAL = 0.04  # seconds between two chunks of an answer: 25 a second look smooth
+FIRST_TOKENS_UNTHROTTLED = 8  # these are passed on as they come
 
 
 @dataclass
 class Chunk:
-    """An answer so far. The first one is empty: the request is checked and stands in line."""
+    """An answer so far."""
 
     text: str  # what a user sees
-    raw: str  # the same with the metadata line that ChatGLM3 begins with
+    raw: str  # the same with the metadata line that a ChatGLM3 answer begins with
     prompt_tokens: int
     completion_tokens: int
-    finish_reason: str | None = None  # at the end: stop, length, cancelled or error
+    finish_reason: str | None = None  # "stop" or "length" in the last chunk
 
 
-@dataclass
-class Request:
-    """A checked and tokenised request, ready for `Engine.stream`."""
+class Output(NamedTuple):
+    """What the model thread reports of a sequence after a step."""
 
-    input_ids: list[int]
+    token_ids: list[int]  # all tokens of the answer so far
+    is_finished: bool  # the sequence has left the batch
+    error: str | None = None  # why there will be no whole answer
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A checked and tokenised request. The word is vLLM's.
+
+    The model thread writes to `latest`. All else belongs to the event loop.
+    """
+
+    input_ids: list[int]  # the prompt
     max_new_tokens: int
-    temperature: float
-    top_p: float
-    repetition_penalty: float
-    seed: int
-    beginning: str = ""  # of the answer, given and not generated
+    params: SamplingParams  # with a seed
+    forced_prefix: str = ""  # the answer begins with this text; it is not generated
+
+    # Set when the engine takes the request.
+    request_id: str = field(default="", init=False)
+    num_blocks: int = field(default=0, init=False)  # of the KV cache, at most
+    admitted: asyncio.Future[None] = field(init=False)  # done when it may run
+    released: bool = field(default=False, init=False)  # its place is free again
+    latest: LatestOutput = field(init=False)
+    stats: RequestStats = field(init=False)
 
 
-class Report:
-    """What became of a request, for one line in the log."""
+class LatestOutput:
+    """A mailbox with one slot, between the model thread and the reader of one sequence.
+
+    Only the newest output is kept. Nothing is lost: each output holds all tokens so far. The
+    event loop is woken for the first few tokens as they come, then every `MIN_INTERVAL`, and for
+    the last: while Python runs on the event loop, the model thread waits for the interpreter.
+    """
+
+    _throttle: asyncio.TimerHandle | None = None  # runs out when the next chunk may leave
+
+    def __init__(self, timeout: float | None, on_finished: Callable[[], None]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._output: Output | None = None
+        self._on_finished, self._arrived, self._timed_out = on_finished, asyncio.Event(), False
+        # One timer per sequence: asyncio.timeout() around each wait would cost as much as the wait.
+        self._timer = self.loop.call_later(timeout, self._expire) if timeout else None
+
+    @property
+    def is_finished(self) -> bool:
+        return self._output is not None and self._output.is_finished
+
+    def set(self, output: Output) -> bool:
+        """Called by the model thread, once a step. True if `notify` must be called on the loop."""
+        if self._output is not None and self._output.error is not None:
+            output = output._replace(error=self._output.error)  # the reader may not know it yet
+        # Store before reading `_throttle`. `_end_throttle` clears it, then compares outputs, so
+        # one of the two always sees the other's write.
+        self._output = output
+        return self._throttle is None or output.is_finished
+
+    def notify(self) -> None:
+        if self.is_finished:
+            self._on_finished()  # now, because the reader may have stopped reading
+        self._arrived.set()
+
+    async def next(self) -> Output:
+        """The next output that the reader has not seen. Raises TimeoutError when time is up."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        output = self._output
+        if output is None or (self._timed_out and not output.is_finished):
+            raise TimeoutError
+        if not output.is_finished and len(output.token_ids) > FIRST_TOKENS_UNTHROTTLED:
+            self._throttle = self.loop.call_later(MIN_INTERVAL, self._end_throttle, output)
+        return output
+
+    def close(self) -> None:
+        for timer in (self._timer, self._throttle):
+            if timer:
+                timer.cancel()
+
+    def _end_throttle(self, seen: Output) -> None:
+        self._throttle = None
+        if self._output is not seen:
+            self._arrived.set()
+
+    def _expire(self) -> None:
+        self._timed_out = True
+        self._arrived.set()
+
+
+class RequestStats:
+    """Counts and times of one request, for its line in the log."""
 
     def __init__(self, request_id: str, prompt_tokens: int) -> None:
-        self.id, self.prompt_tokens, self.count = request_id, prompt_tokens, 0
-        self.reason: str | None = None
-        self.arrived = self.first = self.last = time.perf_counter()
+        self.request_id, self.prompt_tokens, self.completion_tokens = request_id, prompt_tokens, 0
+        self.finish_reason: str | None = None  # None: the reader disconnected
+        self.arrived = self.first_token = self.last_token = time.perf_counter()
 
-    def token(self, count: int) -> None:
-        self.last = time.perf_counter()
-        self.first = self.first if self.count else self.last
-        self.count = count
+    def record(self, completion_tokens: int) -> None:
+        self.last_token = time.perf_counter()
+        if not self.completion_tokens:
+            self.first_token = self.last_token
+        self.completion_tokens = completion_tokens
 
     def __str__(self) -> str:
         words = {"stop": "finished", "error": "failed", None: "cancelled"}
-        ended = words.get(self.reason, self.reason)
-        speed = (self.count - 1) / (self.last - self.first) if self.last > self.first else 0
+        ended = words.get(self.finish_reason, self.finish_reason)
+        seconds = self.last_token - self.first_token
+        speed = (self.completion_tokens - 1) / seconds if seconds > 0 else 0
         return (
-            f"{self.id}: {ended}, {self.prompt_tokens} + {self.count} tokens, "
-            f"first after {self.first - self.arrived:.2f} s, {speed:.0f} tokens/s"
+            f"{self.request_id}: {ended}, {self.prompt_tokens} + {self.completion_tokens} tokens, "
+            f"first after {self.first_token - self.arrived:.2f} s, {speed:.0f} tokens/s"
         )
-
-
-def finish_reason(
-    output: GenerationOutput, read: int, stop_ids: list[int], stopping: bool
-) -> str | None:
-    """How an answer ended, or None; `read` of its tokens were looked at before."""
-    if any(map(math.isnan, output.logprobs[read:])):  # the sampler's sign for a broken row
-        logger.error("%s: the model's scores are not finite", output.request_id)
-        return "error"
-    if not output.is_finished():
-        return None
-    if output.error is not None:
-        if stopping:
-            return "cancelled"
-        logger.error("%s: %s", output.request_id, output.error)
-        return "error"
-    return "stop" if output.generated_tokens[-1] in stop_ids else "length"

@@ -8,36 +8,38 @@ from contextlib import contextmanager
 
 import psutil
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-SMALL_MODEL_PARAMETERS = (
-    20_000_000  # parameters; a smaller network gains little from more than two cores
-)
-LOOK_EVERY = 0.25  # seconds from one look at what other processes do to the next
+SMALL_MODEL_PARAMETERS = 20_000_000  # a smaller network gains little from more than two cores
+LOOK_EVERY = 0.25  # seconds between two looks at what other processes use
 
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Keeps what is done here from starting threads of torch's, which would stay. Once those of
-    several callers are more than the cores, OpenMP sends all of them to sleep after every
-    operation, and to wake them takes longer than they work."""
-    cores = torch.get_num_threads()
+    """Runs the block single-threaded, so that torch creates no worker threads here.
+
+    They would never exit. Once the worker threads of several callers are more than the cores,
+    OpenMP puts all of them to sleep after every operation, and waking them takes longer than the
+    operation.
+    """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(cores)
+        torch.set_num_threads(threads)
 
 
 class FreeCores:
-    """How many cores other processes have left free, as of a moment ago."""
+    """How many cores other processes leave free. The answer is at most LOOK_EVERY old."""
 
     def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._seen, self._free = self._look(), float(psutil.cpu_count())
+        self._process, self._cores = psutil.Process(), psutil.cpu_count() or 1
+        self._seen, self._free = self._look(), float(self._cores)
 
     def _look(self) -> tuple[float, float]:
-        """Seconds: the time, and what other processes have had of all cores."""
+        """Seconds: the time, and the CPU time that other processes have used."""
         everyone, own = psutil.cpu_times(), self._process.cpu_times()
         return time.monotonic(), everyone.user + everyone.system - own.user - own.system
 
@@ -45,22 +47,22 @@ class FreeCores:
         if time.monotonic() - self._seen[0] > LOOK_EVERY:
             before, self._seen = self._seen, self._look()
             used = (self._seen[1] - before[1]) / (self._seen[0] - before[0])
-            self._free = psutil.cpu_count() - used
+            self._free = self._cores - used
         return self._free
 
 
-def install_thread_policy(model: PreTrainedModel) -> None:
-    """Lets a small network run on two cores while they are free, else on one, in whatever thread
-    it is called. Where another program wants the second core, its half of every operation comes
-    late, and a step takes several times as long as on one."""
-    cores, free = min(2, torch.get_num_threads()), FreeCores()
+def install_thread_policy(model: PreTrainedModel) -> RemovableHandle | None:
+    """Makes a small network on a CPU use two threads while two cores are free, else one.
+
+    If another program wants the second core, its half of every operation comes late, and a step
+    takes several times as long as with one thread. Returns what removes the policy, or None for a
+    network that keeps torch's usual number of threads.
+    """
+    if model.device.type != "cpu" or model.num_parameters() >= SMALL_MODEL_PARAMETERS:
+        return None
+    most, free_cores = min(2, torch.get_num_threads()), FreeCores()
 
     def choose(*_) -> None:
-        torch.set_num_threads(cores if free() > cores - 0.75 else 1)
+        torch.set_num_threads(most if free_cores() > most - 0.75 else 1)
 
-    if (
-        model.device.type == "cpu"
-        and model.num_parameters() < SMALL_MODEL_PARAMETERS
-        and not hasattr(model, "chooses_threads")
-    ):
-        model.chooses_threads = model.register_forward_pre_hook(choose)
+    return model.register_forward_pre_hook(choose)
