@@ -502,9 +502,9 @@ def test_the_first_chatglm_is_recognised(folder):
     refused(folder, "ChatGLM-6B|first", "ChatGLM2", "ChatGLM3")
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_checkpoint_is_recognised(copy_of, bits):
-    refused(copy_of(quantization_bit=bits, _name_or_path="THUDM/chatglm2-6b-int4"), "quanti[sz]")
+@pytest.mark.parametrize("changes", [{"quantization_bit": 2}, {"quantization_config": {"bits": 4}}])
+def test_a_checkpoint_quantised_in_another_way_is_refused(copy_of, changes):
+    refused(copy_of(**changes), "quantised", "--quantize int4")
 
 
 @pytest.mark.parametrize("name", ["chatglm3-6b-knowledgebase", "chatglm3-6b-databases", "base"])

@@ -270,9 +270,3 @@ def test_weights_of_another_network_than_the_config_says_are_refused(folder, kin
 def test_rows_that_cannot_be_cut_into_blocks_are_refused_at_int4(folder):
     native(folder)
     refused("multiple of 64", "int8", folder=folder, kind="int4")
-
-
-def test_a_checkpoint_that_is_quantised_already_is_refused_with_the_way_out(folder):
-    config = golden_config(quantization_bit=4)
-    publish(folder, config, random_state(golden_config()))
-    refused("full-precision", "--quantize int4", folder=folder)

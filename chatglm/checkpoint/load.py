@@ -8,25 +8,20 @@ cannot be served gets a ValueError that says what was found and what would do.
 from __future__ import annotations
 
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from transformers import (
-    AutoConfig,
-    BitsAndBytesConfig,
-    GlmForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import BitsAndBytesConfig, GlmForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from chatglm.checkpoint.conversion import ChatGLMForConditionalGeneration, translate_config
-from chatglm.checkpoint.files import check_weights, find_folder, read_json
+from chatglm.checkpoint.files import check_weights, find_folder, read_config
+from chatglm.checkpoint.lora import merge_lora
 from chatglm.checkpoint.memory import check_memory
 from chatglm.checkpoint.quantize import pick_quantization, wrong_shapes
+from chatglm.checkpoint.tensors import Tensors, open_tensors, unpack
 from chatglm.checkpoint.tokenizers import load_template_tokenizer, load_tokenizer
 from chatglm.engine.cpu_glm import FusedGlmMixin
 from chatglm.generate import ChatMixin
@@ -43,6 +38,7 @@ def load(
     chat_format: str | None = None,
     quantize: str | None = None,
     devices: int = 1,
+    adapter: str | Path | None = None,
 ):
     """(tokenizer, model) of a checkpoint, ready to chat.
 
@@ -52,12 +48,13 @@ def load(
     CPU float32), bfloat16, float16 or float32. `chat_format` overrides what the files say:
     chatglm2, chatglm3 or template. `quantize`, int8 or int4, makes the weights smaller while they
     are read. `devices` over 1 shares the network out over so many GPUs, for an `Engine` only:
-    `chat` would wait for the others. Raises ValueError for what cannot be served.
+    `chat` would wait for the others. `adapter` is the folder or hub id of what was trained on top
+    of this checkpoint. Raises ValueError for what cannot be served.
     """
     target = pick_device(device)
     check_devices(devices, device, target, quantize)
     folder = find_folder(path)
-    published = read_json(folder / "config.json")
+    published = read_config(folder)
     refuse_unservable(published, folder)
     shards = check_weights(folder)
     if published.get("model_type") == "chatglm":
@@ -66,18 +63,30 @@ def load(
         config.eos_token_id = tokenizer.stop_ids
         model_class = ChatGLMForConditionalGeneration
     else:
-        config = load_native_config(folder)
+        config = load_native_config(published, folder)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         tokenizer = load_template_tokenizer(folder, config, chat_format)
     precision = pick_dtype(dtype, target)
     quantization = pick_quantization(quantize, target, precision)
     check_memory(model_class, config, target, precision, quantize, devices)
+    tensors = read_tensors(shards, published, adapter)
     if devices > 1:
-        launch(devices, target, {"path": str(folder), "dtype": dtype, "chat_format": chat_format})
+        settings = {"path": str(folder), "dtype": dtype, "chat_format": chat_format}
+        launch(devices, target, settings | {"adapter": adapter and str(adapter)})
     model = load_weights(
-        model_class, folder, shards, config, target, precision, quantization, devices
+        model_class, folder, tensors, config, target, precision, quantization, devices
     )
     return tokenizer, model
+
+
+def read_tensors(shards: list[Path], published: dict, adapter: str | Path | None) -> Tensors:
+    """The published tensors, in full, with what was trained on top of them."""
+    tensors = open_tensors(shards)
+    if bits := published.get("quantization_bit"):
+        tensors = unpack(tensors, bits)
+    if adapter is not None:
+        tensors = merge_lora(tensors, find_folder(adapter))
+    return tensors
 
 
 # 1. What it is
@@ -86,12 +95,11 @@ def load(
 def refuse_unservable(published: dict, folder: Path) -> None:
     """Raises ValueError for the known kinds that cannot be served, each with the way out."""
     model_type = published.get("model_type")
-    quantised = published.get("quantization_bit") or published.get("quantization_config")
-    if model_type == "chatglm" and quantised:
+    bits = published.get("quantization_bit", 0)
+    if model_type == "chatglm" and ("quantization_config" in published or bits not in (0, 4, 8)):
         raise ValueError(
-            f"{folder} is quantised ({quantised!a}); load the full-precision "
-            "checkpoint, which has the same name without -int4 or -int8; "
-            "--quantize int4 makes it as small"
+            f"{folder} is quantised in a way that is not served; load the full-precision "
+            "checkpoint (--quantize int4 makes it as small)"
         )
     if model_type == "chatglm" and {"position_encoding_2d", "inner_hidden_size"} & set(published):
         raise ValueError(
@@ -112,9 +120,9 @@ def refuse_unservable(published: dict, folder: Path) -> None:
         )
 
 
-def load_native_config(folder: Path) -> PretrainedConfig:
+def load_native_config(published: dict, folder: Path) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return CONFIG_MAPPING[published["model_type"]].from_dict(published)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder}: its config.json cannot be used ({error})") from error
 
@@ -133,15 +141,15 @@ def chat_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def load_weights(
     model_class,
     folder: Path,
-    shards: list[Path],
+    tensors: Tensors,
     config,
     device: torch.device,
     dtype: torch.dtype,
     quantization: BitsAndBytesConfig | None,
     devices: int,
 ):
-    """Streams the shards onto the device. Raises ValueError if a tensor is missing, left over or
-    of another shape than the configuration says."""
+    """Reads the tensors onto the device, one by one. Raises ValueError if one is missing, left over
+    or of another shape than the configuration says."""
     chatting = chat_class(model_class)
     place = (
         {"device_map": {"": device}}
@@ -152,22 +160,15 @@ def load_weights(
     logging.set_verbosity(logging.CRITICAL)  # its report of a mismatch is pages long; ours follows
     try:
         model, report = chatting.from_pretrained(
-            folder,
+            None,
             config=config,
+            state_dict=tensors,
             dtype=dtype,
             **place,
-            local_files_only=True,
-            use_safetensors=shards[0].suffix == ".safetensors",
             ignore_mismatched_sizes=True,
             quantization_config=quantization,
             output_loading_info=True,
         )
-    except UnpicklingError as error:
-        names = ", ".join(shard.name for shard in shards)
-        raise ValueError(
-            f"{folder}: {names} holds more than tensors, perhaps code, and is not "
-            "read; use the model's safetensors files"
-        ) from error
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{folder}: the weights and config.json are not of the same model "

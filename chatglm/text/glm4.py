@@ -27,7 +27,8 @@ TEMPLATE = """\
 你是基于智谱AI训练的语言模型 GLM-4 模型开发的，\
 你的任务是针对用户的问题和要求提供适当的答复和支持。
 
-# 可用工具{% for tool in item['tools'] %}{% if tool['type'] == 'function' %}{{ '\\n\\n' }}## {{ tool['function']['name'] }}
+# 可用工具{% for tool in item['tools'] %}\
+{% if tool['type'] == 'function' %}{{ '\\n\\n' }}## {{ tool['function']['name'] }}
 
 {{ tool['function'] | tojson(indent=4) }}
 在调用上述函数时，请使用 Json 格式表示调用的参数。{% else %}\
