@@ -149,7 +149,8 @@ def test_modules_trained_in_full_take_the_place_of_the_bases(tmp_path):
     tuned = merge(state, tensors, 1)
     name, bias = "transformer.output_layer.weight", LAYER.format(0) + RECIPES["one"][0] + ".bias"
     tuned[name], tuned[bias] = torch.randn(768, 64), torch.randn(128)
-    tensors |= {PREFIX + name: tuned[name], PREFIX + bias: tuned[bias]}
+    saved = bias.replace(".bias", ".base_layer.bias")  # as peft names it
+    tensors |= {PREFIX + name: tuned[name], PREFIX + saved: tuned[bias]}
     folder = save(
         tmp_path / "adapter",
         tensors,

@@ -77,7 +77,8 @@ def group_by_target(tensors: Tensors) -> dict[str, dict[str, torch.Tensor | Read
     """
     groups: dict[str, dict] = {}
     for name, tensor in tensors.items():
-        name = re.sub(r"^(base_model\.model\.)+|\.modules_to_save(\.default)?", "", name)
+        wrapping = r"^(base_model\.model\.)+|\.modules_to_save(\.default)?(?=\.)|\.base_layer(?=\.)"
+        name = re.sub(wrapping, "", name)
         part = re.fullmatch(
             r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.default)?(\.weight)?", name
         )
