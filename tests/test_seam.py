@@ -133,7 +133,9 @@ PARTS = {
     ),
     "the manager has the configuration with the block size": (
         BATCH,
-        lambda seen: seen.manager.continuous_batching_config.page_size == seen.cache.block_size,
+        lambda seen: (
+            seen.manager.continuous_batching_config.page_size == seen.allocator.tokens_per_page
+        ),
     ),
     "the manager's cache tells how many blocks it has": (
         BATCH,
