@@ -8,6 +8,7 @@ cannot be served gets a ValueError that says what was found and what would do.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, GlmForCausalLM, PretrainedConfig, PreTrainedModel
@@ -28,6 +29,7 @@ from chatglm.generate import ChatMixin
 from chatglm.hardware.device import pick_device, pick_dtype
 from chatglm.hardware.tensor_parallel import check_devices, launch
 from chatglm.hardware.threads import single_threaded
+from chatglm.text.tokenizer import Tokenizer
 
 
 @single_threaded()
@@ -39,7 +41,7 @@ def load(
     quantize: str | None = None,
     devices: int = 1,
     adapter: str | Path | None = None,
-):
+) -> tuple[Tokenizer, PreTrainedModel]:
     """(tokenizer, model) of a checkpoint, ready to chat.
 
     `path` is a local folder (the network is then never asked), a hub id such as
@@ -57,6 +59,9 @@ def load(
     published = read_config(folder)
     refuse_unservable(published, folder)
     shards = check_weights(folder)
+    tokenizer: Tokenizer
+    config: PretrainedConfig
+    model_class: type[PreTrainedModel]
     if published.get("model_type") == "chatglm":
         tokenizer = load_tokenizer(folder, published, chat_format)
         config = translate_config(published, str(folder), tokenizer.chat_format)
@@ -64,7 +69,7 @@ def load(
         model_class = ChatGLMForConditionalGeneration
     else:
         config = load_native_config(published, folder)
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
         tokenizer = load_template_tokenizer(folder, config, chat_format)
     precision = pick_dtype(dtype, target)
     quantization = pick_quantization(quantize, target, precision)
@@ -94,7 +99,7 @@ def read_tensors(shards: list[Path], published: dict, adapter: str | Path | None
 
 def refuse_unservable(published: dict, folder: Path) -> None:
     """Raises ValueError for the known kinds that cannot be served, each with the way out."""
-    model_type = published.get("model_type")
+    model_type = str(published.get("model_type"))
     bits = published.get("quantization_bit", 0)
     if model_type == "chatglm" and ("quantization_config" in published or bits not in (0, 4, 8)):
         raise ValueError(
@@ -130,7 +135,7 @@ def load_native_config(published: dict, folder: Path) -> PretrainedConfig:
 # 2. Onto the device
 
 
-def chat_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def chat_class(model_class: type[PreTrainedModel]) -> Any:
     """The class with `chat` and `stream_chat`, and a GLM with its fast path on a CPU. It keeps its
     name, because the table in conversion.py is registered under that."""
     is_plain_glm = model_class is GlmForCausalLM
@@ -183,9 +188,9 @@ def load_weights(
         ("mismatched_keys", "have another shape than config.json says"),
     ):
         if report[kind]:
-            names = sorted(str(key) for key in report[kind])
+            found = sorted(str(key) for key in report[kind])
             raise ValueError(
-                f"{folder}: {len(names)} tensors {text}, such as {names[0]}; the "
+                f"{folder}: {len(found)} tensors {text}, such as {found[0]}; the "
                 "weights and config.json are not of the same model"
             )
     return model.eval()

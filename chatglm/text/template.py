@@ -121,7 +121,7 @@ class TemplateTokenizer:
         from jinja2 import TemplateError
 
         try:
-            return self.hf.apply_chat_template(
+            text = self.hf.apply_chat_template(
                 messages,
                 tools=None if self._tools_in_message else tools,
                 add_generation_prompt=True,
@@ -129,10 +129,12 @@ class TemplateTokenizer:
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        return str(text)
 
     def decode(self, ids: list[int]) -> str:
         ids = [i for i in ids if 0 <= i < self.vocab_size]
-        return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
 
     decode_raw = decode
 

@@ -13,23 +13,34 @@ from typing import Protocol
 from sentencepiece import SentencePieceProcessor
 
 
-class Tokenizer(Protocol):
-    """What the rest of the project asks of a tokenizer."""
-
-    chat_format: str
-    stop_ids: list[int]  # an answer ends before any of these
-    anchor: int  # an ordinary token, see Detokenizer
-
-    def encode(self, text: str) -> list[int]: ...
-    def encode_chat(self, messages: list[dict]) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-    def decode_raw(self, ids: list[int]) -> str: ...  # without what needs the text as a whole
-    def visible(self, raw: str, finished: bool) -> str: ...
-
-
 # After the SentencePiece pieces come these, in this order (published tokenization_chatglm.py).
 COMMON_SPECIALS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
 ROLE_SPECIALS = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]  # ChatGLM3 only
+
+
+class Tokenizer(Protocol):
+    """What the engine and `model.chat` need."""
+
+    chat_format: str
+    vocab_size: int
+    stop_ids: list[int]  # an answer ends at any of them
+    anchor: int  # an ordinary token, see Detokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. A special token's name in it is text like any other."""
+
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        """The prompt up to where the model answers. Raises ValueError if the chat format has no
+        way to express the messages."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of any ids."""
+
+    def decode_raw(self, ids: list[int]) -> str:
+        """The same before anything that needs the text as a whole, which `visible` does then."""
+
+    def visible(self, raw: str, finished: bool) -> str:
+        """What a user sees of an answer so far. While it is not `finished`, it only grows."""
 
 
 class ChatGLMTokenizer:
@@ -74,7 +85,7 @@ class ChatGLMTokenizer:
         role = self.specials.get(f"<|{message['role']}|>")
         if role is None:
             raise ValueError(
-                f"role {message['role']!a} is none of system, user, assistant, observation"
+                f"role must be one of system, user, assistant, observation, not {message['role']!a}"
             )
         content = message["content"]
         if message.get("tools"):
@@ -140,7 +151,7 @@ def chatglm2_prompt(messages: list[dict]) -> str:
             text += f"{content}\n\n"
         else:
             raise ValueError(
-                f"role {role!a} is none of system, user, assistant: "
+                f"role must be one of system, user, assistant, not {role!a}: "
                 "ChatGLM2 has no tools, so it takes no observation"
             )
     return text
