@@ -17,7 +17,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from chatglm.checkpoint.conversion import ChatGLMForConditionalGeneration, translate_config
+from chatglm.checkpoint.chatglm1 import ChatGLM1ForConditionalGeneration
+from chatglm.checkpoint.conversion import (
+    ChatGLMForConditionalGeneration,
+    translate_chatglm1_config,
+    translate_config,
+)
 from chatglm.checkpoint.files import check_weights, find_folder, read_config
 from chatglm.checkpoint.lora import merge_lora
 from chatglm.checkpoint.memory import check_memory
@@ -29,6 +34,7 @@ from chatglm.generate import ChatMixin
 from chatglm.hardware.device import pick_device, pick_dtype
 from chatglm.hardware.tensor_parallel import check_devices, launch
 from chatglm.hardware.threads import single_threaded
+from chatglm.text.chatglm1 import ChatGLM1Tokenizer
 from chatglm.text.tokenizer import Tokenizer
 
 
@@ -64,9 +70,7 @@ def load(
     model_class: type[PreTrainedModel]
     if published.get("model_type") == "chatglm":
         tokenizer = load_tokenizer(folder, published, chat_format)
-        config = translate_config(published, str(folder), tokenizer.chat_format)
-        config.eos_token_id = tokenizer.stop_ids
-        model_class = ChatGLMForConditionalGeneration
+        config, model_class = choose_network(published, str(folder), tokenizer)
     else:
         config = load_native_config(published, folder)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
@@ -82,6 +86,18 @@ def load(
         model_class, folder, tensors, config, target, precision, quantization, devices
     )
     return tokenizer, model
+
+
+def choose_network(
+    published: dict, where: str, tokenizer: Tokenizer
+) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    """The network of a published ChatGLM."""
+    if isinstance(tokenizer, ChatGLM1Tokenizer):
+        config = translate_chatglm1_config(published, where, tokenizer.specials)
+        return config, ChatGLM1ForConditionalGeneration
+    glm = translate_config(published, where, tokenizer.chat_format)
+    glm.eos_token_id = tokenizer.stop_ids
+    return glm, ChatGLMForConditionalGeneration
 
 
 def read_tensors(shards: list[Path], published: dict, adapter: str | Path | None) -> Tensors:
@@ -105,11 +121,6 @@ def refuse_unservable(published: dict, folder: Path) -> None:
         raise ValueError(
             f"{folder} is quantised in a way that is not served; load the full-precision "
             "checkpoint (--quantize int4 makes it as small)"
-        )
-    if model_type == "chatglm" and {"position_encoding_2d", "inner_hidden_size"} & set(published):
-        raise ValueError(
-            f"{folder} is the first ChatGLM-6B, another network than its successors; "
-            "use ChatGLM2-6B, ChatGLM3-6B or GLM-4"
         )
     if model_type == "chatglm" and published.get("pre_seq_len"):
         raise ValueError(f"{folder} has P-Tuning (pre_seq_len); only full or merged weights load")

@@ -83,7 +83,7 @@ def open_bin(file: Path) -> Tensors:
         raise ValueError(f"{file} is cut off or damaged; {how_to_get(file)}") from error
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ValueError(f"{file} is not a checkpoint: it must hold tensors by name, nothing else")
-    return tensors
+    return dict(tensors)
 
 
 def unpack(tensors: Tensors, bits: int) -> Tensors:
@@ -93,14 +93,15 @@ def unpack(tensors: Tensors, bits: int) -> Tensors:
     replaced = {*packed, *(f"{name}_scale" for name in packed)}
     full = {name: tensor for name, tensor in tensors.items() if name not in replaced}
     for name in packed:
-        rows, width = shape_of(tensors[name])
-        full[name] = Computed(
-            [rows, width * 8 // bits],
-            lambda weight=tensors[name], scale=tensors[f"{name}_scale"]: unpack_rows(
-                weight[...], scale[...], bits
-            ),
-        )
+        full[name] = unpacked(tensors[name], tensors[f"{name}_scale"], bits)
     return full
+
+
+def unpacked(
+    weight: torch.Tensor | Readable, scale: torch.Tensor | Readable, bits: int
+) -> Computed:
+    rows, width = shape_of(weight)
+    return Computed([rows, width * 8 // bits], lambda: unpack_rows(weight[...], scale[...], bits))
 
 
 def unpack_rows(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from chatglm.checkpoint.files import how_to_get, read_json
+from chatglm.text.chatglm1 import ChatGLM1Tokenizer
 from chatglm.text.glm4 import glm4_tokenizer
 from chatglm.text.template import TemplateTokenizer
 from chatglm.text.tokenizer import ChatGLMTokenizer, Tokenizer
@@ -20,8 +21,15 @@ FORMATS = ("chatglm2", "chatglm3")
 NAMES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
+def is_first_generation(published: dict) -> bool:
+    """Whether it is ChatGLM-6B, whose network is another than its successors'."""
+    return bool({"position_encoding_2d", "inner_hidden_size"} & set(published))
+
+
 def load_tokenizer(folder: Path, published: dict, chat_format: str | None) -> Tokenizer:
     """The tokenizer of a ChatGLM. Raises ValueError if its files do not make one."""
+    if is_first_generation(published):
+        return load_chatglm1_tokenizer(folder, published, chat_format)
     if is_tiktoken(folder):
         return load_glm4_tokenizer(folder, published, chat_format)
     return load_chatglm_tokenizer(folder, chat_format or detect_chat_format(published, folder))
@@ -86,21 +94,35 @@ def load_chatglm_tokenizer(folder: Path, chat_format: str) -> ChatGLMTokenizer:
         raise ValueError(
             f"{folder} is a ChatGLM: chat_format can be chatglm2 or chatglm3, not {chat_format!a}"
         )
-    content = read_vocabulary(folder, "tokenizer.model")
+    file = find_vocabulary(folder, "tokenizer.model")
     try:
-        return ChatGLMTokenizer(content, chat_format)
+        return ChatGLMTokenizer(file.read_bytes(), chat_format)
     except RuntimeError as error:
-        file = folder / "tokenizer.model"
         raise ValueError(f"{file} is not a SentencePiece model; {how_to_get(file)}") from error
 
 
-def read_vocabulary(folder: Path, name: str) -> bytes:
+def load_chatglm1_tokenizer(
+    folder: Path, published: dict, chat_format: str | None
+) -> ChatGLM1Tokenizer:
+    if chat_format not in (None, "chatglm1"):
+        raise ValueError(
+            f"{folder} is the first ChatGLM-6B: chat_format can be chatglm1, not {chat_format!a}"
+        )
+    file = find_vocabulary(folder, "ice_text.model")
+    count = read_optional(folder / "tokenizer_config.json").get("num_image_tokens")
+    try:
+        return ChatGLM1Tokenizer(file.read_bytes(), count, published.get("bos_token_id", 150004))
+    except RuntimeError as error:
+        raise ValueError(f"{file} is not a SentencePiece model; {how_to_get(file)}") from error
+
+
+def find_vocabulary(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
         raise ValueError(
             f"{folder} has no {name}, the vocabulary that comes with every such "
             "ChatGLM; copy it next to the weights"
         )
-    return (folder / name).read_bytes()
+    return folder / name
 
 
 def load_glm4_tokenizer(
@@ -113,15 +135,12 @@ def load_glm4_tokenizer(
         refuse_base_model([name, folder.resolve().name], folder, r"glm-?4-9b$")
     if chat_format not in (None, "template"):
         raise ValueError(f"{folder} is GLM-4: chat_format can be template, not {chat_format!a}")
-    file = folder / "tokenizer.model"
+    file = find_vocabulary(folder, "tokenizer.model")
     try:
-        tokenizer = glm4_tokenizer(read_vocabulary(folder, file.name), template)
+        tokenizer = glm4_tokenizer(file, template)
     except ValueError as error:
-        if not file.is_file():
-            raise
-        raise ValueError(
-            f"{file} is not a vocabulary of GLM-4: {error}; {how_to_get(file)}"
-        ) from error
+        advice = how_to_get(file)
+        raise ValueError(f"{file} is not a vocabulary of GLM-4: {error}; {advice}") from error
     is_first_form = template is None or "def apply_chat_template" in read_code(folder)
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
     stops = collect_stops(folder, ends, published.get("eos_token_id"))

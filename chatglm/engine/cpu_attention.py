@@ -90,15 +90,19 @@ def plan_prefill(
     num_keys: int,
     locate: KeyLocations,
     window: int | None,
+    context: int,
     dtype: torch.dtype,
 ) -> Prefill:
-    """A token sees itself and the keys before it, at most `window` of them."""
+    """A token sees itself and the keys before it, at most `window` of them, and in any case the
+    first `context` keys."""
     num_new, mask = new.stop - new.start, None
     window = num_keys if window is None else window
-    if num_new < num_keys or window < num_keys:
+    if num_new < num_keys or window < num_keys or context:
         future = torch.ones(num_new, num_keys, dtype=torch.bool)
         too_late, too_old = num_keys - num_new + 1, num_keys - num_new - window
-        mask = additive_mask(future.triu(too_late) | future.tril(too_old), dtype)
+        hidden = future.triu(too_late) | future.tril(too_old)
+        hidden[:, :context] = False
+        mask = additive_mask(hidden, dtype)
     keys = locate(row[None, None], torch.arange(num_keys)[None]).squeeze(0)
     return Prefill(new, keys, mask)
 
@@ -109,10 +113,12 @@ def make_plan(
     write: torch.Tensor | None,
     locate: KeyLocations,
     window: int | None,
+    contexts: list[int],
     at_once: int,
     dtype: torch.dtype,
 ) -> Plan:
-    """From the cumulative numbers of new tokens and of keys, both with a 0 in front."""
+    """From the cumulative numbers of new tokens and of keys, both with a 0 in front. `contexts` has
+    for each sequence the number of keys that all of its tokens see."""
     num_keys = k_ends.diff()
     prefill_rows: list[torch.Tensor] = []
     if write is None:  # each sequence has one new token, whose key is its last
@@ -127,7 +133,8 @@ def make_plan(
     for row in prefill_rows:
         begin, end = q_ends[row : row + 2].tolist()
         new = slice(begin, end)
-        prefills.append(plan_prefill(row, new, int(num_keys[row]), locate, window, dtype))
+        context = contexts[int(row)]
+        prefills.append(plan_prefill(row, new, int(num_keys[row]), locate, window, context, dtype))
     all_in_order = not prefills and len(decodes) == 1
     return Plan(prefills, decodes, None if all_in_order else q_ends[decode_rows], write)
 
@@ -154,7 +161,8 @@ def plan_step(step: dict, allocator: Any, key: torch.Tensor) -> Plan:
             return places[k_ends[rows] + steps]
 
     window = step.get("sliding_window")
-    return make_plan(q_ends, k_ends, write, locate, window, at_once, key.dtype)
+    contexts = step.get("context_lengths", [0] * (len(q_ends) - 1))  # as ChatGLM-6B gives them
+    return make_plan(q_ends, k_ends, write, locate, window, contexts, at_once, key.dtype)
 
 
 # The plan of each cache's current step, with the tensor of the library's that tells steps apart.

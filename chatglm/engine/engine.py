@@ -210,7 +210,7 @@ class Engine:
         sequence.latest = latest
         with closing(latest):
             batch = self._add_to_batch(sequence)
-            detokenizer = Detokenizer(self.tokenizer.decode_raw, self.tokenizer.anchor)
+            detokenizer = self.tokenizer.detokenizer()
             try:
                 while sequence.stats.finish_reason is None:
                     yield self._chunk(sequence, await latest.next(), detokenizer)

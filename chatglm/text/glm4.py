@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -40,11 +41,11 @@ TEMPLATE = """\
 
 
 class Converter(TikTokenConverter):
-    """The library's, but for the reading of the file."""
+    """The library's, but it reads the file itself."""
 
     @staticmethod
-    def load_tiktoken_bpe(content: bytes) -> dict[bytes, int]:
-        return read_ranks(content)
+    def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
+        return read_ranks(Path(tiktoken_url).read_bytes())
 
 
 def read_ranks(content: bytes) -> dict[bytes, int]:
@@ -63,9 +64,9 @@ def read_ranks(content: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def glm4_tokenizer(content: bytes, template: str | None) -> PreTrainedTokenizerFast:
+def glm4_tokenizer(file: Path, template: str | None) -> PreTrainedTokenizerFast:
     """The tokenizer of such a file, with the special tokens behind its ids."""
-    converter = Converter(vocab_file=content, extra_special_tokens=SPECIALS)
+    converter = Converter(vocab_file=str(file), extra_special_tokens=SPECIALS)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=converter.converted(),
         eos_token=SPECIALS[0],

@@ -9,6 +9,7 @@ import re
 
 from transformers import PreTrainedTokenizerBase
 
+from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.tokenizer import without_metadata
 from chatglm.text.tools import INTRODUCTION
 
@@ -136,7 +137,8 @@ class TemplateTokenizer:
         text = self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
-    decode_raw = decode
+    def detokenizer(self) -> Detokenizer:
+        return Detokenizer(self.decode, self.anchor)
 
     def visible(self, raw: str, finished: bool) -> str:
         """What a user sees of a reply so far."""

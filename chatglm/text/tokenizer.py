@@ -12,6 +12,8 @@ from typing import Protocol
 
 from sentencepiece import SentencePieceProcessor
 
+from chatglm.text.detokenizer import Detokenizer
+from chatglm.text.rounds import to_rounds
 
 # After the SentencePiece pieces come these, in this order (published tokenization_chatglm.py).
 COMMON_SPECIALS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
@@ -36,8 +38,8 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str:
         """Text of any ids."""
 
-    def decode_raw(self, ids: list[int]) -> str:
-        """The same before anything that needs the text as a whole, which `visible` does then."""
+    def detokenizer(self) -> Detokenizer:
+        """For the text of an answer while it comes."""
 
     def visible(self, raw: str, finished: bool) -> str:
         """What a user sees of an answer so far. While it is not `finished`, it only grows."""
@@ -102,7 +104,8 @@ class ChatGLMTokenizer:
                 pieces.append(self.sp.id_to_piece(i))
         return self.sp.decode_pieces(pieces)
 
-    decode_raw = decode
+    def detokenizer(self) -> Detokenizer:
+        return Detokenizer(self.decode, self.anchor)
 
     def visible(self, raw: str, finished: bool) -> str:
         """What a user sees of a reply so far: ChatGLM3 replies begin with a metadata line.
@@ -134,24 +137,9 @@ def is_tool_name(line: str) -> bool:
 
 def chatglm2_prompt(messages: list[dict]) -> str:
     """`[Round 1]\\n\\n问：…\\n\\n答：…\\n\\n[Round 2]\\n\\n问：…\\n\\n答：` (published
-    `build_prompt`).
-
-    The format has no system role: a system message goes in front of the first question.
-    """
-    text, rounds, preface = "", 0, ""
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role == "system":
-            preface = content + "\n\n"
-        elif role == "user":
-            rounds += 1
-            text += f"[Round {rounds}]\n\n问：{preface}{content}\n\n答："
-            preface = ""
-        elif role == "assistant":
-            text += f"{content}\n\n"
-        else:
-            raise ValueError(
-                f"role must be one of system, user, assistant, not {role!a}: "
-                "ChatGLM2 has no tools, so it takes no observation"
-            )
-    return text
+    `build_prompt`)."""
+    rounds = [
+        f"[Round {number}]\n\n问：{question}\n\n答：{answer}"
+        for number, (question, answer) in enumerate(to_rounds(messages, between="\n\n"), start=1)
+    ]
+    return "\n\n".join(rounds)
