@@ -341,7 +341,7 @@ def test_after_a_thousand_requests_many_cancelled_pages_and_memory_are_back(engi
 
 def test_the_first_tokens_come_at_once_then_the_newest_in_turn_and_the_last_at_once():
     async def counts() -> list[int]:
-        latest, got, begin = LatestOutput(None, lambda: None), [], time.monotonic()
+        latest, got, begin = LatestOutput(lambda: None), [], time.monotonic()
 
         async def read():
             while not (got and latest.is_finished):
