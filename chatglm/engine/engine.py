@@ -33,7 +33,7 @@ from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
 from chatglm.sampling import DEFAULT_MAX_LENGTH, SamplingParams, check_room
 from chatglm.text.detokenizer import Detokenizer
-from chatglm.text.messages import extend_history, to_messages
+from chatglm.text.messages import count_characters, extend_history, to_messages
 
 logger = logging.getLogger("chatglm")
 
@@ -138,14 +138,17 @@ class Engine:
         no token is left for the answer, and ValueError for messages that cannot be encoded.
         """
         params = params or SamplingParams()
+        context, max_length = self.max_request_tokens, params.max_length
+        if max_length is None:
+            max_length = DEFAULT_MAX_LENGTH if params.max_new_tokens is None else context
+        # What cannot fit is refused before it is tokenised, which would take time and memory.
+        longest = self.tokenizer.longest_token
+        characters = count_characters(messages, min(max_length, context) * longest)
+        check_room(characters // longest, max_length, context, exact=False)
         input_ids = self.tokenizer.encode_chat(messages)
         if forced_prefix:
             input_ids += self.tokenizer.encode(forced_prefix)
-        max_length = params.max_length
-        if max_length is None:
-            unlimited = params.max_new_tokens is None
-            max_length = DEFAULT_MAX_LENGTH if unlimited else self.max_request_tokens
-        max_new_tokens = check_room(len(input_ids), max_length, self.max_request_tokens)
+        max_new_tokens = check_room(len(input_ids), max_length, context)
         if params.max_new_tokens is not None:
             max_new_tokens = min(max_new_tokens, params.max_new_tokens)
         if params.seed is None:
