@@ -228,6 +228,8 @@ def test_refusals_and_whole_answers_are_as_described(url):
     protocol = section("The protocol of `POST /`")
     refusal = requests.post(url, json={"prompt": "hi", "temperature": 3}, timeout=60).json()
     assert f"`{json.dumps(refusal)}`" in protocol
+    refusal = requests.post(url, json={"prompt": "hi", "max_length": 1}, timeout=60).json()
+    assert f'`"code": "{refusal["code"]}"`' in protocol
     whole = requests.post(url, json={"prompt": "hi", "stream": False}, timeout=60).json()
     health = requests.get(url + "/health", timeout=60).json()
     described = [set(re.findall(r'"(\w+)"', keys)) for keys in re.findall(r"`({[^`]*})`", protocol)]
