@@ -12,14 +12,12 @@ import json
 import re
 import subprocess
 import sys
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import requests
 
 ROOT = Path(__file__).parents[1]
-QUANTIZE = "chatglm/checkpoint/requirements-quantize.txt"
 README = (ROOT / "README.md").read_text("utf-8")
 RESULTS = (ROOT / "bench" / "results").glob("*.md")
 PAGES = [
@@ -254,55 +252,6 @@ def test_the_log_has_the_line_that_is_shown(url, server):
     requests.post(url, json={"prompt": "hi"}, timeout=60)
     assert re.search(re.sub(r"\d+", r"\\d+", re.sub(r"[+.]", r"\\\g<0>", line)), server.log())
     assert "Listening on http" in server.log() and "`Listening on http" in README
-
-
-# --- Dependencies ----------------------------------------------------------------------------
-
-
-def declared(name: str) -> set[str]:
-    """Packages that a requirements file pins."""
-    return set(re.findall(r"^([\w-]+)(?:\[\w+\])?==", (ROOT / name).read_text("utf-8"), re.M))
-
-
-def plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name.lower())  # package names that differ so are the same
-
-
-def imported(name: str) -> set[str]:
-    """The modules outside the standard library and the project that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / name).read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(node.module.split(".")[0])
-    return found - set(sys.stdlib_module_names) - {"api", "server", "chatglm"}
-
-
-def test_the_dependencies_are_those_the_readme_gives_reasons_for():
-    rows = re.findall(r"^\| ([^|`]+) \|", section("Dependencies"), re.MULTILINE)
-    given = {re.sub(r"\[.*", "", name) for row in rows for name in row.split(", ")} - {"package"}
-    files = itertools.chain(
-        *(ROOT.glob(f"{place}requirements*.txt") for place in ("", "*/", "chatglm/*/"))
-    )
-    assert given == set().union(*(declared(file.relative_to(ROOT)) for file in files))
-
-
-def test_what_the_code_imports_is_declared_and_pinned():
-    owners, pinned = (
-        packages_distributions(),
-        {plain(name) for name in declared("requirements.txt")},
-    )
-    for name in source_files():
-        quantize = declared(QUANTIZE) if name == "chatglm/checkpoint/quantize.py" else set()
-        for module in imported(name):
-            packages = {plain(owner) for owner in owners[module]}
-            assert packages & (pinned | quantize), f"{name} imports {module}"
-
-
-def test_the_least_version_of_python_is_the_one_the_code_is_checked_for():
-    assert 'target-version = "py311"' in (ROOT / ".ruff.toml").read_text("utf-8")
-    assert "Python 3.11 or newer" in README and "Python 3.11 或更新" in README
 
 
 if __name__ == "__main__":
