@@ -217,6 +217,8 @@ def test_the_conversation_is_what_the_client_shows(url):
 
 @pytest.mark.parametrize("sample", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_every_sample_in_python_runs(url, sample):
+    for package in re.findall(r"^(?:from|import) (\w+)", sample, re.MULTILINE):
+        pytest.importorskip(package)
     sample = sample.replace("http://127.0.0.1:8000", url)
     run = [sys.executable, "-X", "utf8", "-c", sample]
     assert subprocess.run(run, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
