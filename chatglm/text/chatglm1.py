@@ -41,6 +41,8 @@ class ChatGLM1Tokenizer:
         self.specials = {name: self._id(name) for name in ["<pad>", *CONTROL]}
         self.stop_ids = [self.specials["<eop>"]]
         self.anchor = self.encode("a")[-1]
+        pieces = (len(self.sp.id_to_piece(i)) for i in range(self.sp.vocab_size()))
+        self.longest_token = max(LONGEST_BLANK, *pieces)
 
     def _id(self, piece: str) -> int:
         return self.num_image_tokens + self.sp.piece_to_id(piece)

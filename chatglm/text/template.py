@@ -37,6 +37,7 @@ class TemplateTokenizer:
         self.stop_ids = stop_ids
         self.vocab_size = len(tokenizer)
         self.anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
+        self.longest_token = max(map(len, tokenizer.get_vocab()))
         names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._marks = {MARK.format(n): name for n, name in enumerate(names)}
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
