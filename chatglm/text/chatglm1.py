@@ -40,6 +40,8 @@ class ChatGLM1Tokenizer:
         self.vocab_size = num_image_tokens + self.sp.vocab_size()
         self.specials = {name: self._id(name) for name in ["<pad>", *CONTROL]}
         self.stop_ids = [self.specials["<eop>"]]
+        silent = {i for i in range(self.sp.vocab_size()) if self.sp.is_control(i)}
+        self._spoken = set(range(self.sp.vocab_size())) - silent - {self.sp.piece_to_id("<pad>")}
         self.anchor = self.encode("a")[-1]
         pieces = (len(self.sp.id_to_piece(i)) for i in range(self.sp.vocab_size()))
         self.longest_token = max(LONGEST_BLANK, *pieces)
@@ -63,8 +65,8 @@ class ChatGLM1Tokenizer:
         return Detokenizer(self._decode, self.anchor, clean_up, count_unsettled)
 
     def _decode(self, ids: list[int]) -> str:
-        own = [i - self.num_image_tokens for i in ids if i != self.specials["<pad>"]]
-        text = self.sp.decode([i for i in own if 0 <= i < self.sp.vocab_size()])
+        own = [i - self.num_image_tokens for i in ids]
+        text = self.sp.decode([i for i in own if i in self._spoken])
         text = text.replace("<n>", "\n").replace(TAB, "\t")
         return re.sub(r"<\|blank_(\d+)\|>", lambda blank: " " * int(blank[1]), text)
 
