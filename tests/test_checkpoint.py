@@ -243,7 +243,6 @@ OTHER_NETWORKS = {
     "add_bias_linear": True,
     "apply_residual_connection_post_layernorm": True,
     "multi_query_attention": False,
-    "pre_seq_len": 128,
 }
 
 

@@ -12,7 +12,7 @@ from chatglm.text.messages import to_messages
 from tests.original import GOLDEN, golden
 
 NAMES = ["chatglm2", "chatglm3", "glm4", "chatglm2-int4", "chatglm3-lora"]
-NAMES += ["chatglm1", "chatglm1-int4", "chatglm1-int4-qe"]
+NAMES += ["chatglm1", "chatglm1-int4", "chatglm1-int4-qe", "chatglm1-ptuning", "chatglm2-ptuning"]
 EXPECTED = {name: json.loads((GOLDEN / name / "expected.json").read_text()) for name in NAMES}
 CHATS = [(name, i) for name in NAMES for i in range(len(EXPECTED[name]["chats"]))]
 STOPS = [(name, i) for name in NAMES for i in range(len(EXPECTED[name].get("stops", [])))]

@@ -227,7 +227,7 @@ def test_an_adapter_with_half_of_its_tensors_is_refused(tmp_path):
 
 
 KINDS = {
-    "peft_type": "PREFIX_TUNING",
+    "peft_type": "IA3",
     "layer_replication": [[0, 2]],
     "lora_bias": True,
     "init_lora_weights": "pissa_niter_4",

@@ -9,7 +9,7 @@ The modules have the published names, so a published file loads as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -118,6 +118,7 @@ class ChatGLM1ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mask_ids = (config.gmask_token_id, config.mask_token_id)
+        self.contexts: dict[int, list[int]] = {}  # first block in the paged cache -> c and g
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -139,11 +140,10 @@ class ChatGLM1ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Logits [B, N, V] after N of the T tokens. `step` has the engine's paged KV cache."""
         if "cache" in step:
             lengths = step["cu_seq_lens_q"].diff()  # new tokens of each sequence
-            contexts = self.find_contexts(input_ids[0].split(lengths.tolist()))
-            mask = open_contexts(attention_mask, contexts, step)
-            step["context_lengths"] = contexts[
-                0
-            ].tolist()  # for the attention on a CPU, which has no mask
+            contexts = self.find_contexts_in_step(input_ids[0].split(lengths.tolist()), step)
+            # Attention on a CPU has no mask, and is told what is open in each sequence.
+            step["context_lengths"] = torch.where(lengths > 1, contexts[0], 0).tolist()
+            mask = open_contexts(attention_mask, step)
             contexts = contexts.repeat_interleave(lengths, dim=1)[:, None]  # [2, 1, T]
             places: torch.Tensor = position_ids  # type: ignore[assignment]
         else:
@@ -152,45 +152,63 @@ class ChatGLM1ForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 past_key_values = DynamicCache(config=self.config)
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             places = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[None]
-            contexts = self.find_contexts(input_ids.unbind())[..., None]  # [2, B, 1]
+            contexts = past_key_values.contexts if past else self.find_contexts(input_ids)
+            if past_key_values is not None:
+                past_key_values.contexts = contexts
             mask = make_mask(places, contexts[0], attention_mask)
         x = self.transformer.word_embeddings(input_ids)
-        rotation = self.make_rotation(places, contexts, x.dtype)
+        rotation = make_rotation(places, contexts, self.config.head_dim, x.dtype)
         for layer in self.transformer.layers:
             x = layer(x, rotation, past_key_values, mask, step)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         x = self.transformer.final_layernorm(x[:, kept])
         return CausalLMOutputWithPast(logits=self.lm_head(x), past_key_values=past_key_values)
 
-    def find_contexts(self, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
+    def find_contexts(self, sequences: Iterable[torch.Tensor]) -> torch.Tensor:
         """For each sequence the length c of its context, which is all before <sop>, and the place g
-        of its [gMASK]; [2, sequences]. Both are 0 where only an answer goes on."""
-        found = torch.zeros(2, len(sequences), dtype=torch.long, device=sequences[0].device)
-        for i, ids in enumerate(sequences):
+        of its [gMASK]: [2, sequences, 1]."""
+        found = []
+        for ids in sequences:
+            gmask, mask = (ids == name for name in self.mask_ids)
+            sop = ids == self.config.bos_token_id
+            # argmax is the first of several, and 0 where there is none
+            found.append([found.int().argmax() for found in (sop, gmask if gmask.any() else mask)])
+        return torch.tensor(found, device=self.device).T[..., None]
+
+    def find_contexts_in_step(self, sequences: Iterable[torch.Tensor], step: dict) -> torch.Tensor:
+        """The same, [2, sequences], in the engine, where one that is read already has only its
+        newest token here. It is known by its first block in the paged cache."""
+        blocks = first_blocks(step)
+        for block, ids in zip(blocks, sequences, strict=True):
             if len(ids) > 1:
-                gmask, mask = (ids == name for name in self.mask_ids)
-                found[0, i] = (ids == self.config.bos_token_id).int().argmax()
-                found[1, i] = (gmask if gmask.any() else mask).int().argmax()
-        return found
+                self.contexts[block] = self.find_contexts([ids]).flatten().tolist()
+        found = [self.contexts.get(block, [0, 0]) for block in blocks]
+        return torch.tensor(found, device=self.device).T
 
-    def make_rotation(
-        self, places: torch.Tensor, contexts: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [B, 1, T, 2, d / 4] of the two positions of the tokens at `places`.
 
-        The original has (i, 0) for token i of the context and (g, 1), (g, 2), … for the answer.
-        Only differences count, so here all are lower by g and higher by c - 1: an answer's token
-        then needs nothing but its place.
-        """
-        context, gmask = contexts
-        in_context = places < context
-        first = torch.where(in_context, places - gmask, 0)
-        second = torch.where(in_context, context - 1, places)
-        steps = torch.arange(0, self.config.head_dim // 2, 2, device=places.device)
-        frequencies = ROPE_BASE ** (-steps / (self.config.head_dim // 2))
-        frequencies = frequencies.half().float()  # as the original's buffer has them
-        angles = torch.stack([first, second], dim=-1)[:, None, :, :, None] * frequencies
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+def first_blocks(step: dict) -> list[int]:
+    """The first block of each sequence of a step in the paged cache."""
+    if step.get("block_table") is not None:  # each has one new token
+        return step["block_table"][0][:, 0].tolist()
+    read, write = step["read_index"][0], step["write_index"][0]
+    places = read if len(read) else write  # nothing to read: all keys are new
+    first = places[step["cu_seq_lens_k"]["full_attention"][:-1].long()]
+    return (first // step["cache"].layer_to_allocator[0].tokens_per_page).tolist()
+
+
+def make_rotation(
+    places: torch.Tensor, contexts: torch.Tensor, head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [B, 1, T, 2, d / 4] of the two positions of the tokens at `places` [B, T]:
+    (i, 0) for token i of the context, and (g, 1), (g, 2), … for the answer."""
+    context, gmask = contexts
+    in_context = places < context
+    first = torch.where(in_context, places, gmask)
+    second = torch.where(in_context, 0, places - context + 1)
+    steps = torch.arange(0, head_dim // 2, 2, device=places.device)
+    frequencies = (ROPE_BASE ** (-steps / (head_dim // 2))).half().float()  # as the original's are
+    angles = torch.stack([first, second], dim=-1)[:, None, :, :, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def make_mask(
@@ -204,14 +222,12 @@ def make_mask(
     return sees[:, None]
 
 
-def open_contexts(
-    mask: torch.Tensor | None, contexts: torch.Tensor, step: dict
-) -> torch.Tensor | None:
-    """The library's causal mask [1, 1, T, K] of a step, with each context open in itself."""
+def open_contexts(mask: torch.Tensor | None, step: dict) -> torch.Tensor | None:
+    """The library's causal mask [1, 1, T, K] of a step, with each new context open in itself."""
     if mask is None:
         return None
     mask = mask.clone()
-    k_ends = step["cu_seq_lens_k"]["full_attention"].tolist()
-    for context, query, key in zip(contexts[0].tolist(), step["cu_seq_lens_q"].tolist(), k_ends):
+    begins = step["cu_seq_lens_q"].tolist(), step["cu_seq_lens_k"]["full_attention"].tolist()
+    for query, key, context in zip(*begins, step["context_lengths"]):
         mask[..., query : query + context, key : key + context] = 0
     return mask

@@ -23,9 +23,10 @@ from chatglm.checkpoint.conversion import (
     translate_chatglm1_config,
     translate_config,
 )
-from chatglm.checkpoint.files import check_weights, find_folder, read_config
-from chatglm.checkpoint.lora import merge_lora
+from chatglm.checkpoint.files import check_weights, find_folder, read_config, read_json
+from chatglm.checkpoint.lora import find_adapter_weights, merge_lora
 from chatglm.checkpoint.memory import check_memory
+from chatglm.checkpoint.prefix import add_prefix, split_off_prefix
 from chatglm.checkpoint.quantize import pick_quantization, wrong_shapes
 from chatglm.checkpoint.tensors import Tensors, open_tensors, unpack
 from chatglm.checkpoint.tokenizers import load_template_tokenizer, load_tokenizer
@@ -78,13 +79,18 @@ def load(
     precision = pick_dtype(dtype, target)
     quantization = pick_quantization(quantize, target, precision)
     check_memory(model_class, config, target, precision, quantize, devices)
-    tensors = read_tensors(shards, published, adapter)
+    tensors, prefix = read_tensors(shards, published, folder)
+    if adapter is not None:
+        adapter = find_folder(adapter)
+        tensors, prefix = add_adapter(tensors, prefix, adapter)
     if devices > 1:
         settings = {"path": str(folder), "dtype": dtype, "chat_format": chat_format}
         launch(devices, target, settings | {"adapter": adapter and str(adapter)})
     model = load_weights(
         model_class, folder, tensors, config, target, precision, quantization, devices
     )
+    if prefix:
+        add_prefix(model, prefix, adapter or folder)
     return tokenizer, model
 
 
@@ -100,14 +106,34 @@ def choose_network(
     return glm, ChatGLMForConditionalGeneration
 
 
-def read_tensors(shards: list[Path], published: dict, adapter: str | Path | None) -> Tensors:
-    """The published tensors, in full, with what was trained on top of them."""
+def read_tensors(shards: list[Path], published: dict, folder: Path) -> tuple[Tensors, Tensors]:
+    """The published tensors in full, and those of a P-Tuning prefix among them."""
     tensors = open_tensors(shards)
     if bits := published.get("quantization_bit"):
         tensors = unpack(tensors, bits)
-    if adapter is not None:
-        tensors = merge_lora(tensors, find_folder(adapter))
-    return tensors
+    tensors, prefix = split_off_prefix(tensors)
+    if not tensors:
+        raise ValueError(
+            f"{folder} holds a P-Tuning prefix alone: pass the model that it was trained on, and "
+            f"this as its adapter (--model BASE --adapter {folder})"
+        )
+    return tensors, prefix
+
+
+def add_adapter(tensors: Tensors, prefix: Tensors, folder: Path) -> tuple[Tensors, Tensors]:
+    """The base's tensors and prefix with what was trained on top of them: LoRA or P-Tuning v2."""
+    if (folder / "adapter_config.json").is_file():
+        kind = read_json(folder / "adapter_config.json").get("peft_type")
+        if kind == "PREFIX_TUNING":
+            return tensors, open_tensors([find_adapter_weights(folder)])
+        return merge_lora(tensors, folder), prefix
+    _, prefix = split_off_prefix(open_tensors(check_weights(folder)))
+    if not prefix:
+        raise ValueError(
+            f"{folder} is not an adapter: it has neither an adapter_config.json nor the tensors "
+            "of a P-Tuning prefix (prefix_encoder)"
+        )
+    return tensors, prefix
 
 
 # 1. What it is
@@ -122,8 +148,6 @@ def refuse_unservable(published: dict, folder: Path) -> None:
             f"{folder} is quantised in a way that is not served; load the full-precision "
             "checkpoint (--quantize int4 makes it as small)"
         )
-    if model_type == "chatglm" and published.get("pre_seq_len"):
-        raise ValueError(f"{folder} has P-Tuning (pre_seq_len); only full or merged weights load")
     if "vision_config" in published or "image_length" in published:
         raise ValueError(f"{folder} is a model for images; only language models are served")
     if model_type != "chatglm" and (

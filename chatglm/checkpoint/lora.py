@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from chatglm.checkpoint.files import read_json
+from chatglm.checkpoint.files import how_to_get, is_whole, read_json
 from chatglm.checkpoint.tensors import Computed, Readable, Tensors, open_tensors, shape_of
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -34,24 +34,31 @@ def merge_lora(tensors: Tensors, folder: Path) -> Tensors:
     """The base's `tensors` with the adapter in `folder` added. Raises ValueError if the adapter is
     of another kind or of another base."""
     settings = read_settings(folder)
-    file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise ValueError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
     merged = dict(tensors)
-    for name, parts in group_by_target(open_tensors([file])).items():
+    changes = open_tensors([find_adapter_weights(folder)])
+    for name, parts in group_by_target(changes).items():
         check_fit(folder, settings, name, parts, tensors.get(name))
         whole = parts.get("whole")
         merged[name] = whole if whole is not None else add(tensors[name], parts, name, settings)
     return merged
 
 
+def find_adapter_weights(folder: Path) -> Path:
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            if not is_whole(folder / name):
+                raise ValueError(
+                    f"{folder / name} is cut off or damaged; {how_to_get(folder / name)}"
+                )
+            return folder / name
+    raise ValueError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
+
+
 def read_settings(folder: Path) -> dict:
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} is not an adapter: it has no adapter_config.json")
     settings = read_json(folder / "adapter_config.json")
     kind, begun = settings.get("peft_type"), str(settings.get("init_lora_weights")).lower()
     if kind != "LORA":
-        raise ValueError(f"{folder}: peft_type {kind!a} is not served; LORA is, and P-Tuning v2")
+        raise ValueError(f"{folder}: peft_type {kind!a} is not served; LORA and PREFIX_TUNING are")
     for field in UNSERVED:
         if settings.get(field):
             raise ValueError(f"{folder}: {field} {settings[field]!a} is not served")

@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.generation.continuous_batching.cache_allocators import SLIDING_ATTENTION
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from chatglm.engine.prefix_attention import prefixed_sdpa, with_prefix
 
 NAME = "paged_by_sequence"
 # Bytes of keys that are copied out of the cache for one product. With half a megabyte, the copy is
@@ -193,7 +194,7 @@ def paged_attention(
     their own keys: those in the paged cache, and the new `key` and `value` [1, G, T, d]."""
     cache = step.get("cache")
     if cache is None or query.device.type != "cpu":
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **step)
+        return prefixed_sdpa(module, query, key, value, attention_mask, **step)
     allocator = cache.layer_to_allocator[module.layer_idx]
     plan, scale = current_plan(cache, step, allocator, key), step.get("scaling")
     if allocator.layer_type == SLIDING_ATTENTION:
@@ -206,19 +207,26 @@ def paged_attention(
         keys.index_copy_(0, plan.write, key[0].transpose(0, 1))
         values.index_copy_(0, plan.write, value[0].transpose(0, 1))
     rows = query[0].transpose(0, 1)  # [T, H, d]
-    decoded = attend_decodes(plan, rows, keys, values, scale)
+    decoded = attend_decodes(module, plan, rows, keys, values, scale)
     if plan.decode_tokens is None:
         return decoded[None], None
     out = torch.empty(rows.shape, dtype=rows.dtype)
     out[plan.decode_tokens] = decoded
     for new, places, mask in plan.prefills:
         own_keys, own_values = gather(keys, places[None]), gather(values, places[None])
+        num_new = new.stop - new.start
+        own_keys, own_values, mask = with_prefix(module, own_keys, own_values, mask, num_new)
         out[new] = attend_prefill(rows[new], own_keys, own_values, mask, scale)
     return out[None], None
 
 
 def attend_decodes(
-    plan: Plan, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
+    module: torch.nn.Module,
+    plan: Plan,
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float | None,
 ) -> torch.Tensor:
     """Attention [T', H, d] of the sequences with one new token."""
     queries = rows if plan.decode_tokens is None else rows[plan.decode_tokens]  # [T', H, d]
@@ -229,6 +237,7 @@ def attend_decodes(
         some = grouped[begin : begin + len(places)]
         begin += len(places)
         own_keys, own_values = gather(keys, places), gather(values, places)
+        own_keys, own_values, mask = with_prefix(module, own_keys, own_values, mask, num_new=1)
         done.append(
             scaled_dot_product_attention(some, own_keys, own_values, attn_mask=mask, scale=scale)
         )
@@ -247,7 +256,7 @@ def attend_prefill(
     mask: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attention [T, H, d] within one sequence: causal, or by `mask` where there are older keys."""
+    """Attention [T, H, d] within one sequence: causal, or by `mask` where there are other keys."""
     query = rows.transpose(0, 1)[None]  # [1, H, T, d]
     num_new, num_keys = query.shape[2], key.shape[2]
 
