@@ -11,6 +11,7 @@ import json
 import re
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from transformers import (
@@ -36,7 +37,7 @@ from chatglm.generate import ChatMixin
 from chatglm.hardware.device import pick_device, pick_dtype
 from chatglm.hardware.tensor_parallel import check_devices, launch
 from chatglm.hardware.threads import single_threaded
-from chatglm.text.tokenizer import ChatGLMTokenizer, TemplateTokenizer
+from chatglm.text.tokenizer import ChatGLMTokenizer, TemplateTokenizer, Tokenizer
 
 
 @single_threaded()
@@ -47,7 +48,7 @@ def load(
     chat_format: str | None = None,
     quantize: str | None = None,
     devices: int = 1,
-):
+) -> tuple[Tokenizer, PreTrainedModel]:
     """(tokenizer, model) of a checkpoint, ready to chat.
 
     `path` is a local folder (the network is then never asked), a hub id such as
@@ -64,6 +65,9 @@ def load(
     published = read_json(folder / "config.json")
     refuse_unservable(published, folder)
     shards = check_weights(folder)
+    tokenizer: Tokenizer
+    config: PretrainedConfig
+    model_class: type[PreTrainedModel]
     if published.get("model_type") == "chatglm":
         chat_format = chat_format or detect_chat_format(published, folder)
         tokenizer = load_chatglm_tokenizer(folder, chat_format)
@@ -72,7 +76,7 @@ def load(
         model_class = ChatGLMForConditionalGeneration
     else:
         config = load_native_config(folder)
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
         tokenizer = load_template_tokenizer(folder, config, chat_format)
     precision = pick_dtype(dtype, target)
     quantization = pick_quantization(quantize, target, precision)
@@ -90,7 +94,7 @@ def load(
 
 def refuse_unservable(published: dict, folder: Path) -> None:
     """Raises ValueError for the known kinds that cannot be served, each with the way out."""
-    model_type = published.get("model_type")
+    model_type = str(published.get("model_type"))
     quantised = published.get("quantization_bit") or published.get("quantization_config")
     if model_type == "chatglm" and quantised:
         raise ValueError(
@@ -145,7 +149,7 @@ def detect_chat_format(published: dict, folder: Path) -> str:
     if any(re.search(r"chatglm\d?-.*base", name, re.IGNORECASE) for name in names):
         raise ValueError(
             f"{folder} is a base model, not trained to chat; use the chat model, or "
-            "say chat_format (--chat-format) chatglm3 if you have tuned it to"
+            "pass chat_format (--chat-format) chatglm3 if you have tuned it to"
         )
     if any("<|user|>" in text for text in texts):
         return "chatglm3"
@@ -155,7 +159,7 @@ def detect_chat_format(published: dict, folder: Path) -> str:
     if (folder / "tokenization_chatglm.py").is_file():
         return "chatglm2"
     raise ValueError(
-        f"{folder}: its files do not say which chat format it speaks; say "
+        f"{folder}: its files do not say which chat format it speaks; pass "
         "chat_format (--chat-format) chatglm2 or chatglm3"
     )
 
@@ -212,7 +216,7 @@ def load_template_tokenizer(folder: Path, config, chat_format: str | None) -> Te
 # 2. Onto the device
 
 
-def chat_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def chat_class(model_class: type[PreTrainedModel]) -> Any:
     """The class with `chat` and `stream_chat`, and a GLM with its fast path on a CPU. It keeps its
     name, because the table in conversion.py is registered under that."""
     is_plain_glm = model_class is GlmForCausalLM
@@ -272,9 +276,9 @@ def load_weights(
         ("mismatched_keys", "have another shape than config.json says"),
     ):
         if report[kind]:
-            names = sorted(str(key) for key in report[kind])
+            found = sorted(str(key) for key in report[kind])
             raise ValueError(
-                f"{folder}: {len(names)} tensors {text}, such as {names[0]}; the "
+                f"{folder}: {len(found)} tensors {text}, such as {found[0]}; the "
                 "weights and config.json are not of the same model"
             )
     return model.eval()

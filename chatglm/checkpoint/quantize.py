@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -28,7 +29,7 @@ def pick_quantization(
     if kind is None:
         return None
     if kind not in ("int8", "int4"):
-        raise ValueError(f"quantize {kind!a} is neither int8 nor int4")
+        raise ValueError(f"quantize must be one of int8, int4, not {kind!a}")
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"quantize {kind} works on cuda and cpu, not on {device.type}")
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -54,8 +55,9 @@ def wrong_shapes(model) -> list[tuple]:
     """Quantised matrices of another shape than the network's: transformers lets these pass."""
     found = []
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if state := getattr(weight, "quant_state", None):
+        weight: Any = getattr(module, "weight", None)
+        state: Any = getattr(weight, "quant_state", None)
+        if state is not None:
             shape = tuple(state.shape)
         elif hasattr(weight, "SCB"):
             shape = tuple(weight.shape)

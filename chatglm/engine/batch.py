@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from typing import Any
 
 import torch
 from transformers import (
@@ -41,7 +42,7 @@ class Batch:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         stop_ids: list[int],
         max_running: int,
         max_model_len: int,

@@ -23,6 +23,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, closing
 from dataclasses import replace
 
+from torch.utils.hooks import RemovableHandle
+
 from chatglm.engine.admission import AdmissionQueue
 from chatglm.engine.batch import Batch
 from chatglm.engine.sequence import Chunk, LatestOutput, Output, RequestStats, Sequence
@@ -60,7 +62,7 @@ class Engine:
         self.max_request_tokens = self.max_model_len  # less if the KV cache is smaller
         self._admission = AdmissionQueue(max_concurrency, max_waiting)
         self._batch: Batch | None = None
-        self._thread_policy = None
+        self._thread_policy: RemovableHandle | None = None
         self._request_numbers = itertools.count()
         self._stopping = False
 

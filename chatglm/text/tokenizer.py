@@ -1,7 +1,6 @@
 """Text to token ids and back: the two published ChatGLM chat formats, and chat templates.
 
-Both tokenizers here have the same face, and nothing else in the project knows which one it holds:
-`encode`, `encode_chat`, `decode`, `visible`, and `stop_ids`, `anchor`, `chat_format`.
+The tokenizers share one interface, `Tokenizer`. Nothing else in the project knows which it holds.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from typing import Protocol
 
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,28 @@ from chatglm.text.tools import INTRODUCTION
 # After the SentencePiece pieces come these, in this order (published tokenization_chatglm.py).
 COMMON_SPECIALS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
 ROLE_SPECIALS = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]  # ChatGLM3 only
+
+
+class Tokenizer(Protocol):
+    """What the engine and `model.chat` need."""
+
+    chat_format: str
+    vocab_size: int
+    stop_ids: list[int]  # an answer ends at any of them
+    anchor: int  # an ordinary token, see Detokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. A special token's name in it is text like any other."""
+
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        """The prompt up to where the model answers. Raises ValueError if the chat format has no
+        way to express the messages."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of any ids."""
+
+    def visible(self, raw: str, finished: bool) -> str:
+        """What a user sees of an answer so far. While it is not `finished`, it only grows."""
 
 
 class ChatGLMTokenizer:
@@ -62,7 +84,7 @@ class ChatGLMTokenizer:
         role = self.specials.get(f"<|{message['role']}|>")
         if role is None:
             raise ValueError(
-                f"role {message['role']!a} is none of system, user, assistant, observation"
+                f"role must be one of system, user, assistant, observation, not {message['role']!a}"
             )
         content = message["content"]
         if message.get("tools"):
@@ -118,7 +140,7 @@ def chatglm2_prompt(messages: list[dict]) -> str:
             text += f"{content}\n\n"
         else:
             raise ValueError(
-                f"role {role!a} is none of system, user, assistant: "
+                f"role must be one of system, user, assistant, not {role!a}: "
                 "ChatGLM2 has no tools, so it takes no observation"
             )
     return text
@@ -198,15 +220,18 @@ class TemplateTokenizer:
         from jinja2 import TemplateError
 
         try:
-            return self.hf.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=False
+            return str(
+                self.hf.apply_chat_template(
+                    messages, tools=tools, add_generation_prompt=True, tokenize=False
+                )
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
     def decode(self, ids: list[int]) -> str:
         ids = [i for i in ids if 0 <= i < self.vocab_size]
-        return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
 
     def visible(self, raw: str, finished: bool) -> str:
         return raw.strip()
