@@ -1,7 +1,7 @@
 """What pytest does here besides its own: which tests run, and the servers that many of them share.
 
-    pytest          # what needs a cluster, a browser or other people's clients is left out
-    pytest --all    # and those; so it is, too, where CI is set
+    pytest          # not what needs more than running does: a cluster, a browser, clients, ...
+    pytest --all    # everything; so it is, too, where CI is set
 
 .pytest.ini names this file, because there is no conftest.py where pytest would look for one.
 """
@@ -15,9 +15,11 @@ from tests.servers import API, SHARED, shared
 
 EVERYTHING = "pip install -r tests/requirements-all.txt && pytest --all"
 LEFT_OUT = {
+    "test_bench.py": "benchmarks",
     "test_browser.py": "a browser",
     "test_clients.py": "other people's clients",
     "test_deploy.py": "a cluster",
+    "test_quantize.py": "quantised weights",
 }
 
 # In the background of a shell script Ctrl-C is ignored, and what the tests start would inherit it.
@@ -44,7 +46,7 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_terminal_summary(terminalreporter, config):
     kinds = [kind for name, kind in LEFT_OUT.items() if is_left_out(name, config)]
     if kinds:
-        terminalreporter.write_line(f"Left out: what needs {', '.join(kinds)}. All: {EVERYTHING}")
+        terminalreporter.write_line(f"Left out: {', '.join(kinds)}. All of it: {EVERYTHING}")
 
 
 @pytest.fixture(scope="module")
