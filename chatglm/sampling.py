@@ -31,13 +31,13 @@ class SamplingParams:
     max_new_tokens: int | None = None  # of the answer alone; the smaller bound holds
 
 
-def check_room(prompt_tokens: int, max_length: int, context: int) -> int:
+def check_room(prompt_tokens: int, max_length: int, context: int, exact: bool = True) -> int:
     """Tokens that are left for the answer within `max_length` and the model's context. Raises
-    PromptTooLong if there are none."""
+    PromptTooLong if there are none. If `prompt_tokens` is not `exact`, it is a lower bound."""
     if prompt_tokens < min(max_length, context):
         return min(max_length, context) - prompt_tokens
     advice = "shorten the history" + (", or raise max_length" if max_length < context else "")
-    raise PromptTooLong(prompt_tokens, min(max_length, context), advice)
+    raise PromptTooLong(prompt_tokens, min(max_length, context), advice, exact)
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

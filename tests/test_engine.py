@@ -15,7 +15,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 import chatglm
 from chatglm import SamplingParams
 from chatglm.engine.sequence import FIRST_TOKENS_UNTHROTTLED, MIN_INTERVAL, LatestOutput, Output
-from chatglm.text.messages import to_messages
+from chatglm.text.messages import count_characters, to_messages
 from tests.servers import LIMIT
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
@@ -314,6 +314,30 @@ def test_what_does_not_fit_is_refused_with_both_counts(engine, loaded):
     assert engine.prepare(prompt, SamplingParams(max_new_tokens=7)).max_new_tokens == 7
 
 
+def nested(depth):
+    schema = {"type": "object"}
+    for _ in range(depth):
+        schema = {"properties": schema}
+    return [{"role": "system", "content": "", "tools": [{"name": "f", "parameters": schema}]}]
+
+
+@pytest.mark.parametrize(
+    "messages", [to_messages("你" * 10**7), nested(400), nested(900)], ids=["text", "400", "900"]
+)
+def test_what_cannot_fit_is_refused_before_memory_is_spent_on_it(engine, monkeypatch, messages):
+    monkeypatch.setattr(engine.tokenizer, "encode_chat", None)  # it would fail if it were called
+    with pytest.raises(chatglm.PromptTooLong, match="at least \\d+ tokens"):
+        engine.prepare(messages, SamplingParams(max_length=2048))
+
+
+def test_a_prompt_is_never_longer_than_the_count_that_refuses_it(engine):
+    for text in ("a" * 3000, " " * 3000, "\n\n" * 500, "你好，世界。" * 300, "🚀" * 500, "<0x0A>"):
+        for tools in [], [{"name": text[:9], "description": text, "parameters": {"t": [text]}}]:
+            messages = [{"role": "user", "content": text, "tools": tools}]
+            tokens = len(engine.tokenizer.encode_chat(messages))
+            assert count_characters(messages, 10**9) // engine.tokenizer.longest_token <= tokens
+
+
 def test_the_next_turn_reads_the_cache_of_the_turn_before(engine, loaded):
     async def scenario():
         history = [["question " * 20, "answer " * 20]]
@@ -358,7 +382,7 @@ def test_after_a_thousand_requests_many_cancelled_pages_and_memory_are_back(engi
 
 def test_the_first_tokens_come_at_once_then_the_newest_in_turn_and_the_last_at_once():
     async def counts() -> list[int]:
-        latest, got, begin = LatestOutput(None, lambda: None), [], time.monotonic()
+        latest, got, begin = LatestOutput(lambda: None), [], time.monotonic()
 
         async def read():
             while not (got and latest.is_finished):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from typing import Any
 
-from chatglm.errors import preview
+from chatglm.errors import InvalidField, preview
 
 INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode categories of spaces, controls, formats
+
+INDENTED = json.JSONEncoder(indent=4, ensure_ascii=False)
 
 # Which role may follow which; None is the beginning.
 FOLLOWS: dict[str, set[str | None]] = {
@@ -100,6 +103,25 @@ def check_text(text: str, where: str) -> None:
             f"{where} contains an unpaired surrogate, which no encoding can express: "
             f"{preview(text[error.start])}"
         ) from error
+
+
+def count_characters(messages: list[dict], limit: int) -> int:
+    """Characters of all that the messages say, or some number over `limit`: counting stops there.
+
+    Tools are counted as the chat formats write them, indented: nested deeply, they grow with the
+    square of the depth. Raises InvalidField for tools that are nested too deeply to be written.
+    """
+    total = 0
+    for message in messages:
+        total += len(message["content"]) + len(message.get("metadata", ""))
+        try:
+            for piece in INDENTED.iterencode(message.get("tools", "")):
+                total += len(piece)
+                if total > limit:
+                    return total
+        except RecursionError:
+            raise InvalidField("tools", "are nested too deeply") from None
+    return total
 
 
 def extend_history(history: list | None, prompt: str, response: str, role: str = "user") -> list:

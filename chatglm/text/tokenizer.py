@@ -27,6 +27,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     stop_ids: list[int]  # an answer ends at any of them
     anchor: int  # an ordinary token, see Detokenizer
+    longest_token: int  # characters
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. A special token's name in it is text like any other."""
@@ -58,6 +59,7 @@ class ChatGLMTokenizer:
         self._names = {i: name for name, i in self.specials.items()}
         self.vocab_size = first + len(names)
         self.anchor = self.sp.encode("a")[-1]  # an ordinary token, see Detokenizer
+        self.longest_token = max(len(self.sp.id_to_piece(i)) for i in range(first))
         self.stop_ids = [self.sp.eos_id()]
         if chat_format == "chatglm3":
             self.stop_ids += [self.specials["<|user|>"], self.specials["<|observation|>"]]
@@ -159,6 +161,7 @@ class TemplateTokenizer:
         self.stop_ids = stop_ids
         self.vocab_size = len(tokenizer)
         self.anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
+        self.longest_token = max(map(len, tokenizer.get_vocab()))
         # What stands for a special token's name where a user wrote it, see `encode_chat`.
         names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._marks = {f"\ue000{n}\ue001": name for n, name in enumerate(names)}
