@@ -382,7 +382,7 @@ def test_ctrl_c_in_the_middle_of_drawing_leaves_one_copy(terminal):
 
 @in_a_terminal
 def test_what_no_longer_fits_is_dropped_from_the_oldest_on(terminal):
-    full = refusing(400, '{"detail": "prompt and history: 9 tokens, leaves no room in 9"}')
+    full = refusing(400, '{"detail": "leaves no room", "code": "context_length_exceeded"}')
     it = Peer(answering("A"), answering("B"), full, full, answering("C"), answering("D"))
     chat = terminal(it.url)
     chat.ask("a", "b", "c", "d")
