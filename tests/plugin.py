@@ -15,11 +15,11 @@ from tests.servers import API, SHARED, shared
 
 EVERYTHING = "pip install -r tests/requirements-all.txt && pytest --all"
 LEFT_OUT = {
-    "test_bench.py": "benchmarks",
     "test_browser.py": "a browser",
     "test_clients.py": "other people's clients",
     "test_deploy.py": "a cluster",
     "test_quantize.py": "quantised weights",
+    "test_bench.py": "benchmarks",
 }
 
 # In the background of a shell script Ctrl-C is ignored, and what the tests start would inherit it.
@@ -43,10 +43,11 @@ def pytest_ignore_collect(collection_path, config):
     return is_left_out(collection_path.name, config) or None
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_unconfigure(config):
+    """The last line of the output says what was left out."""
     kinds = [kind for name, kind in LEFT_OUT.items() if is_left_out(name, config)]
-    if kinds:
-        terminalreporter.write_line(f"Left out: {', '.join(kinds)}. All of it: {EVERYTHING}")
+    if kinds and not hasattr(config, "workerinput"):  # that is, not in each of xdist's processes
+        print(f"Left out: {', '.join(kinds)}. To run everything: {EVERYTHING}")
 
 
 @pytest.fixture(scope="module")
