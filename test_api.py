@@ -535,7 +535,6 @@ def test_a_start_that_fails_says_why_in_one_line():
             pool.submit(says_why_it_cannot_start, *start)
             for start in [
                 ("no-such-folder", "--model", "./no-such-folder"),
-                ("--nonsense", "--nonsense"),
                 ("99999", "--port", "99999"),
                 (port, "--port", port),
             ]
