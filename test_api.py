@@ -290,7 +290,7 @@ def test_a_slow_reader_holds_up_nobody_and_is_spared_overtaken_frames(server, ur
             until(lambda: busy(url) == 1)
             all_of_it = pool.submit(lambda: list(chunks(url, **body)))
             # No faster than frames are sent, or there would be few frames to be spared.
-            until(lambda: server.step() or all_of_it.done())
+            until(lambda: server.step(2) or all_of_it.done())
         awake = all_of_it.result()  # begun later: when it has all, so could the slow one
         response = HTTPResponse(slow)
         response.begin()
@@ -301,7 +301,7 @@ def test_a_slow_reader_holds_up_nobody_and_is_spared_overtaken_frames(server, ur
 
 def test_a_reader_that_never_reads_keeps_no_place_once_its_answer_is_made(server, url):
     with server.held():
-        reader = send(url, **{**ENDLESS, "max_length": 1536})
+        reader = send(url, **{**ENDLESS, "max_length": 1024})
         until(lambda: busy(url) == 1)
     with reader:
         until(lambda: busy(url) == 0)

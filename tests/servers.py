@@ -130,10 +130,11 @@ class Server:
             (self.folder / f"step-{number}").touch()
         until(lambda: not any(self.folder.glob("step-*")))
 
-    def step(self):
-        """Lets one step through, if there is one to make: for a condition of `until`, which looks
-        fifty times a second."""
-        (self.folder / "step-0").touch()
+    def step(self, most=1):
+        """Lets some steps through, if there are any to make: for a condition of `until`, which
+        looks fifty times a second."""
+        for number in range(most):
+            (self.folder / f"step-{number}").touch()
 
 
 @contextmanager
