@@ -8,6 +8,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+from chatglm.checkpoint.hubs import download, is_hub_id
 from chatglm.errors import preview
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -27,7 +28,7 @@ def find_folder(path: str | Path | None) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    if folder.exists() or not is_hub_id(str(path)):
         raise ValueError(f"{path} is neither a folder nor a hub id such as THUDM/chatglm3-6b")
     return download(str(path))
 
@@ -45,24 +46,6 @@ def read_config(folder: Path) -> dict:
             f"this as its adapter (--model {base} --adapter {folder})"
         )
     raise ValueError(f"{folder} is not a checkpoint folder: it has no config.json")
-
-
-def download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        rest = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
-        folder = Path(snapshot_download(repo_id, allow_patterns=[*rest, "*.safetensors"]))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo_id, allow_patterns=[*rest, "pytorch_model*.bin"]))
-        return folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"there is no folder {repo_id}, and it could not be downloaded from the model hub "
-            f"({reason}); download it elsewhere and pass its folder"
-        ) from error
 
 
 def read_json(file: Path) -> dict:
