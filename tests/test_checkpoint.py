@@ -278,6 +278,15 @@ def test_the_chat_format_is_told_by_the_name_in_the_tokenizer_config(copy_of, na
     assert load(folder)[0].chat_format == name
 
 
+@pytest.mark.parametrize("name", ["chatglm2", "chatglm3"])
+def test_the_name_of_the_folder_counts_where_the_files_name_no_generation(folder, name):
+    shutil.copytree(GOLDEN / "chatglm3", folder / f"my-{name}")
+    write_json(
+        folder / f"my-{name}" / "config.json", golden_config(_name_or_path="./output/checkpoint-9")
+    )
+    assert load(nameless(folder / f"my-{name}"))[0].chat_format == name
+
+
 CODE = {
     "chatglm2": """
 class ChatGLMTokenizer(PreTrainedTokenizer):

@@ -61,18 +61,21 @@ def read_code(folder: Path) -> str:
 
 def detect_chat_format(published: dict, folder: Path) -> str:
     """chatglm2 or chatglm3, by the files that come with the weights."""
-    names = [str(published.get("_name_or_path", "")), folder.resolve().name]
-    texts = [read_code(folder)]
+    named, texts = [str(published.get("_name_or_path", ""))], [read_code(folder)]
     for name in NAMES:
         content = read_optional(folder / name)
-        names.append(str(content.get("name_or_path", "")))
+        named.append(str(content.get("name_or_path", "")))
         texts.append(json.dumps(content, ensure_ascii=False))
+    # A folder may be called anything: its name counts only where the files have none.
+    folder_name = [folder.resolve().name]
+    names = [name for name in named if name] or folder_name
     refuse_base_model(names, folder, r"(chatglm|codegeex)\d?[\w.-]*[-_]base\b")
     if any("<|user|>" in text for text in texts):
         return "chatglm3"
-    for generation, pattern in (("chatglm3", "chatglm3"), ("chatglm2", "chatglm2|codegeex2")):
-        if any(re.search(pattern, name, re.IGNORECASE) for name in names):
-            return generation
+    for some in (names, folder_name):
+        for generation, pattern in (("chatglm3", "chatglm3"), ("chatglm2", "chatglm2|codegeex2")):
+            if any(re.search(pattern, name, re.IGNORECASE) for name in some):
+                return generation
     if read_code(folder):
         return "chatglm2"
     raise ValueError(
@@ -132,7 +135,7 @@ def load_glm4_tokenizer(
     template = read_template(folder)
     name = str(published.get("_name_or_path", ""))
     if template is None and chat_format is None:
-        refuse_base_model([name, folder.resolve().name], folder, r"glm-?4-9b$")
+        refuse_base_model([name or folder.resolve().name], folder, r"glm-?4-9b/?$")
     if chat_format not in (None, "template"):
         raise ValueError(f"{folder} is GLM-4: chat_format can be template, not {chat_format!a}")
     file = find_vocabulary(folder, "tokenizer.model")
@@ -179,7 +182,7 @@ def load_template_tokenizer(folder: Path, config, chat_format: str | None) -> Te
     own_code = "auto_map" in read_optional(folder / "tokenizer_config.json")
     source = PreTrainedTokenizerFast if own_code else AutoTokenizer
     try:
-        tokenizer = source.from_pretrained(folder, local_files_only=True)
+        tokenizer = source.from_pretrained(folder, config=config, local_files_only=True)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise ValueError(f"{folder}: its tokenizer cannot be loaded ({error})") from error
     if not tokenizer.chat_template:
