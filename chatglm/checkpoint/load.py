@@ -11,8 +11,10 @@ import json
 import re
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -28,9 +30,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from chatglm.checkpoint.conversion import ChatGLMForConditionalGeneration, translate_config
+from chatglm.checkpoint.cpu_quantizer import METHOD, VERSION, CpuQuantizationConfig, finish
 from chatglm.checkpoint.files import check_weights, find_folder, how_to_get, read_json
 from chatglm.checkpoint.memory import check_memory
-from chatglm.checkpoint.quantize import pick_quantization, wrong_shapes
+from chatglm.checkpoint.quantize import KINDS, pick_quantization, wrong_shapes
 from chatglm.engine.cpu_glm import FusedGlmMixin
 from chatglm.generate import ChatMixin
 from chatglm.hardware.device import pick_device, pick_dtype
@@ -47,6 +50,7 @@ def load(
     chat_format: str | None = None,
     quantize: str | None = None,
     devices: int = 1,
+    pack: bool = True,
 ):
     """(tokenizer, model) of a checkpoint, ready to chat.
 
@@ -56,19 +60,23 @@ def load(
     CPU float32), bfloat16, float16 or float32. `chat_format` overrides what the files say:
     chatglm2, chatglm3 or template. `quantize`, int8 or int4, makes the weights smaller while they
     are read. `devices` over 1 shares the network out over so many GPUs, for an `Engine` only:
-    `chat` would wait for the others. Raises ValueError for what cannot be served.
+    `chat` would wait for the others. `pack=False` keeps quantised matrices as they are saved, for
+    shrink.py; such a model does not run. Raises ValueError for what cannot be served.
     """
     target = pick_device(device)
     check_devices(devices, device, target, quantize)
     folder = find_folder(path)
     published = read_json(folder / "config.json")
     refuse_unservable(published, folder)
+    quantize = quantize_as_stored(quantize, published, folder)
     shards = check_weights(folder)
     if published.get("model_type") == "chatglm":
         chat_format = chat_format or detect_chat_format(published, folder)
         tokenizer = load_chatglm_tokenizer(folder, chat_format)
         config = translate_config(published, str(folder), chat_format)
         config.eos_token_id = tokenizer.stop_ids
+        if is_shrunk(published):
+            config.quantization_config = published["quantization_config"]
         model_class = ChatGLMForConditionalGeneration
     else:
         config = load_native_config(folder)
@@ -76,6 +84,8 @@ def load(
         tokenizer = load_template_tokenizer(folder, config, chat_format)
     precision = pick_dtype(dtype, target)
     quantization = pick_quantization(quantize, target, precision)
+    if isinstance(quantization, CpuQuantizationConfig):
+        quantization.pack = pack
     check_memory(model_class, config, target, precision, quantize, devices)
     if devices > 1:
         launch(devices, target, {"path": str(folder), "dtype": dtype, "chat_format": chat_format})
@@ -92,7 +102,7 @@ def refuse_unservable(published: dict, folder: Path) -> None:
     """Raises ValueError for the known kinds that cannot be served, each with the way out."""
     model_type = published.get("model_type")
     quantised = published.get("quantization_bit") or published.get("quantization_config")
-    if model_type == "chatglm" and quantised:
+    if model_type == "chatglm" and quantised and not is_shrunk(published):
         raise ValueError(
             f"{folder} is quantised ({quantised!a}); load the full-precision "
             "checkpoint, which has the same name without -int4 or -int8; "
@@ -118,6 +128,27 @@ def refuse_unservable(published: dict, folder: Path) -> None:
             f"{folder}: model_type {model_type!a} is no language model of the "
             "installed transformers; ChatGLM2, ChatGLM3 and GLM-4 (-hf, 0414) are"
         )
+
+
+def is_shrunk(published: dict) -> bool:
+    """Whether shrink.py wrote the folder."""
+    method = published.get("quantization_config")
+    return isinstance(method, dict) and method.get("quant_method") == METHOD
+
+
+def quantize_as_stored(quantize: str | None, published: dict, folder: Path) -> str | None:
+    """How small the matrices of the folder are, if they are; else `quantize` as it is."""
+    if not is_shrunk(published):
+        return quantize
+    stored = published["quantization_config"]
+    if stored.get("version") != VERSION or stored.get("kind") not in KINDS:
+        raise ValueError(
+            f"{folder} was made small by another version of this program ({stored}); "
+            "make it again with python -m chatglm.checkpoint.shrink"
+        )
+    if quantize not in (None, stored["kind"]):
+        raise ValueError(f"{folder} is {stored['kind']} already, so quantize cannot be {quantize}")
+    return stored["kind"]
 
 
 def is_tiktoken(folder: Path) -> bool:
@@ -227,7 +258,7 @@ def load_weights(
     config,
     device: torch.device,
     dtype: torch.dtype,
-    quantization: BitsAndBytesConfig | None,
+    quantization: BitsAndBytesConfig | CpuQuantizationConfig | None,
     devices: int,
 ):
     """Streams the shards onto the device. Raises ValueError if a tensor is missing, left over or
@@ -238,18 +269,21 @@ def load_weights(
         if devices == 1
         else {"distributed_config": DistributedConfig(tp_size=devices)}
     )
+    on_cpu = isinstance(quantization, CpuQuantizationConfig)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # its report of a mismatch is pages long; ours follows
     try:
+        state_dict = open_tensors(shards) if on_cpu else None
         model, report = chatting.from_pretrained(
-            folder,
+            None if state_dict else folder,
             config=config,
-            dtype=dtype,
+            dtype=stored_dtype(state_dict) if state_dict else dtype,
+            state_dict=state_dict,
             **place,
             local_files_only=True,
             use_safetensors=shards[0].suffix == ".safetensors",
             ignore_mismatched_sizes=True,
-            quantization_config=quantization,
+            quantization_config=None if hasattr(config, "quantization_config") else quantization,
             output_loading_info=True,
         )
     except UnpicklingError as error:
@@ -277,4 +311,30 @@ def load_weights(
                 f"{folder}: {len(names)} tensors {text}, such as {names[0]}; the "
                 "weights and config.json are not of the same model"
             )
+    if on_cpu and quantization.pack:
+        finish(model, quantization.kind)
     return model.eval()
+
+
+def open_tensors(shards: list[Path]) -> dict[str, Any]:
+    """All tensors by name, each to be read when it is asked for. safetensors reads by position:
+    through a memory map, the whole file would count as memory of this process in the end."""
+    tensors: dict[str, Any] = {}
+    for shard in shards:
+        if shard.suffix == ".safetensors":
+            file = safe_open(shard, framework="pt", backend="pread")
+            tensors |= {name: file.get_slice(name) for name in file.keys()}
+        else:
+            tensors |= torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
+    return tensors
+
+
+def stored_dtype(tensors: dict[str, Any]) -> torch.dtype:
+    """The type that all tensors have, else float32, which holds all."""
+    types = {
+        str(tensor.get_dtype() if hasattr(tensor, "get_dtype") else tensor.dtype)
+        for tensor in tensors.values()
+    }
+    if types <= {"F16", "torch.float16"}:
+        return torch.float16
+    return torch.bfloat16 if types <= {"BF16", "torch.bfloat16"} else torch.float32
