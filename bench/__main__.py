@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--preset", choices=["tiny", "1.5b", "chatglm3-6b"], default="tiny")
     compare.add_argument("--quantize", choices=["int8", "int4"], help="this server's weights")
     compare.add_argument(
-        "--long", type=int, default=1000, help="tokens of a long prompt (default: 1000)"
+        "--long", type=int, default=1000, help="tokens of a long prompt (default: 1000; 0: none)"
     )
     growth = add("growth", help="cost against the length of an answer and the number of clients")
     soak = add("soak", help="does every answer arrive, and is it the right one?")

@@ -23,6 +23,7 @@ from bench.contenders import (
     serving,
 )
 
+LONG = 1000  # tokens of a long prompt, unless told otherwise
 ANSWERS_ALONE = 4  # answers that a single client asks for, one after the other
 LOAD_LIMIT = 0.5  # of a core: a load that takes more may itself be what is slow
 SENTENCES = [
@@ -39,7 +40,7 @@ class Prompts:
     """Questions of a given length, each another one: no cache may help where it would not in
     earnest."""
 
-    def __init__(self, tokenizer, long: int) -> None:
+    def __init__(self, tokenizer, long: int = LONG) -> None:
         self.tokenizer, self.long, self.dice = tokenizer, long, random.Random(0)
 
     def count(self, prompt: str) -> int:
@@ -104,9 +105,10 @@ def measure_contender(
     """One start of the contender: each kind of prompt and each number of clients once."""
     with serving(contender) as server:
         own = server.process is not None
-        for kind in ("short", "long"):  # the first answer of a process is slower than any other
+        kinds = ("short", "long") if settings.long else ("short",)
+        for kind in kinds:  # the first answer of a process is slower than any other
             run_load(server, contender, [[contender.body(*prompts.make(kind), 8)]], False)
-        for kind in ("short", "long"):
+        for kind in kinds:
             for clients in settings.clients:
                 each = max(1, ANSWERS_ALONE // clients)
                 asked = [

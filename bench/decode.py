@@ -66,8 +66,8 @@ def build(preset: str, device: torch.device, dtype: torch.dtype, quantize: str |
         weights.never_stop(model.lm_head.weight, tokenizer.sp.vocab_size())
     if quantize and device.type == "cpu":
         pack(model, quantize)
-    elif config := pick_quantization(quantize, device, dtype):
-        make_small(model, config)
+    elif quantization := pick_quantization(quantize, device, dtype):
+        make_small(model, quantization)
     return tokenizer, model.eval()
 
 
@@ -84,7 +84,7 @@ def pack(model, kind: str) -> None:
         if small is not full:
             small.bias = full.bias
             small.pack(small.shrink(full.weight.data))
-            full.weight = None  # it is not needed in full while the next is made small
+            full.weight.data = torch.empty(0)  # not there in full while the next is made small
     model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.half()
     finish(model, kind)
 
@@ -112,15 +112,15 @@ def bandwidth(device: torch.device) -> float:
     size = GIB if device.type == "cuda" else GIB // 2
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     copies = device.type == "cuda"
-    target = torch.empty_like(source) if copies else None
+    moved = STEP * size if copies else size
     best = float("inf")
     for _ in range(COPIES):
         synchronise(device)
         begun = time.perf_counter()
-        target.copy_(source) if copies else source.sum()
+        source.clone() if copies else source.sum()
         synchronise(device)
         best = min(best, time.perf_counter() - begun)
-    return (STEP if copies else 1) * size / best
+    return moved / best
 
 
 def synchronise(device: torch.device) -> None:

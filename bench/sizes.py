@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from chatglm.checkpoint.files import TINY, read_json
 from chatglm.text.tokenizer import COMMON_SPECIALS, ROLE_SPECIALS
 
 # config.json of the published ChatGLM3-6B, as far as its network goes
-CHATGLM3_6B = {
+CHATGLM3_6B: dict[str, Any] = {
     "padded_vocab_size": 65024,
     "hidden_size": 4096,
     "ffn_hidden_size": 13696,

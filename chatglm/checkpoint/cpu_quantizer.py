@@ -34,7 +34,8 @@ class CpuQuantizationConfig(QuantizationConfigMixin):
     pack = True  # False: the small weights stay as a file holds them
 
     def __init__(self, kind: str, version: int = VERSION, quant_method: str = METHOD) -> None:
-        self.kind, self.version, self.quant_method = kind, version, quant_method
+        self.kind, self.version = kind, version
+        self.quant_method: Any = quant_method
 
     def to_dict(self) -> dict[str, Any]:
         return dict(kind=self.kind, version=self.version, quant_method=self.quant_method)
@@ -49,8 +50,8 @@ class StoredEmbedding(nn.Embedding):
 
 @register_quantizer(METHOD)
 class CpuQuantizer(HfQuantizer):
-    quantization_config: CpuQuantizationConfig
-    serialized_names = {"weight": ["weight", "weight_scale"]}
+    quantization_config: Any  # a CpuQuantizationConfig
+    serialized_names: dict[str, list[str]] = {"weight": ["weight", "weight_scale"]}
 
     def __init__(self, quantization_config: CpuQuantizationConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
@@ -65,7 +66,7 @@ class CpuQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         replace_matrices(model, self.quantization_config.kind)
 
-    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         module, _, name = param_name.rpartition(".")
         return name == "weight" and isinstance(model.get_submodule(module), PackedLinear)
 
@@ -107,20 +108,23 @@ class Shrink(ConversionOps):
         self.hf_quantizer = quantizer
 
     def convert(
-        self, input_dict: dict[str, Any], *_: Any, model: Any, missing_keys: set, **__: Any
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **about: Any,
     ) -> dict[str, Any]:
+        """Gives each matrix to a worker. What is left for transformers to put into the model: one
+        of another shape than the model's, which load_weights then finds there."""
         left = {}
         for name, value in input_dict.items():
             matrix = value[0] if isinstance(value, list) else value
-            module = model.get_submodule(name.rpartition(".")[0])
-            missing_keys.difference_update(f"{name}{suffix}" for suffix in ("", "_scale"))
+            module = about["model"].get_submodule(name.rpartition(".")[0])
+            about["missing_keys"].difference_update(f"{name}{suffix}" for suffix in ("", "_scale"))
             if matrix.shape != (module.out_features, module.in_features):
                 left[name] = matrix  # load_weights finds it there, and says so
-                continue
-            self.hf_quantizer.give(
-                module, lambda module=module, matrix=matrix: module.shrink(matrix)
-            )
-            missing_keys.difference_update(f"{name}{suffix}" for suffix in ("", "_scale"))
+            else:
+                self.hf_quantizer.give(module, functools.partial(module.shrink, matrix))
         return left
 
 
@@ -131,21 +135,21 @@ class Restore(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        *_: Any,
-        full_layer_name: str,
-        model: Any,
-        missing_keys: set,
-        **__: Any,
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **about: Any,
     ) -> dict[str, Any]:
-        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        """As Shrink does, from `weight` and `weight_scale` as they were saved."""
+        name = about["full_layer_name"]
+        module = about["model"].get_submodule(name.rpartition(".")[0])
         if not isinstance(module, PackedLinear):
             return input_dict
-        weights = {name: value[0] for name, value in input_dict.items()}
+        weights = {part: value[0] for part, value in input_dict.items()}
+        about["missing_keys"].difference_update(f"{name}{suffix}" for suffix in ("", "_scale"))
         expected = module.stored(module.in_features, module.out_features)
-        if any(weights[name].shape != shape for name, (shape, _) in expected.items()):
-            return {full_layer_name: weights["weight"]}  # load_weights finds it there
+        if any(weights[part].shape != shape for part, (shape, _) in expected.items()):
+            return {name: weights["weight"]}
         self.hf_quantizer.give(module, lambda: weights)
-        missing_keys.difference_update(f"{full_layer_name}{end}" for end in ("", "_scale"))
         return {}
 
 

@@ -263,17 +263,17 @@ def load_weights(
 ):
     """Streams the shards onto the device. Raises ValueError if a tensor is missing, left over or
     of another shape than the configuration says."""
-    chatting = chat_class(model_class)
+    chatting: Any = chat_class(model_class)
     place = (
         {"device_map": {"": device}}
         if devices == 1
         else {"distributed_config": DistributedConfig(tp_size=devices)}
     )
-    on_cpu = isinstance(quantization, CpuQuantizationConfig)
+    for_cpu = quantization if isinstance(quantization, CpuQuantizationConfig) else None
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # its report of a mismatch is pages long; ours follows
     try:
-        state_dict = open_tensors(shards) if on_cpu else None
+        state_dict = open_tensors(shards) if for_cpu else None
         model, report = chatting.from_pretrained(
             None if state_dict else folder,
             config=config,
@@ -311,8 +311,8 @@ def load_weights(
                 f"{folder}: {len(names)} tensors {text}, such as {names[0]}; the "
                 "weights and config.json are not of the same model"
             )
-    if on_cpu and quantization.pack:
-        finish(model, quantization.kind)
+    if for_cpu and for_cpu.pack:
+        finish(model, for_cpu.kind)
     return model.eval()
 
 

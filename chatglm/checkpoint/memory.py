@@ -41,6 +41,7 @@ def check_memory(
     free = free_memory(device)
     if (wanted := needed(quantize, dtype)) <= free:
         return
+    choices: dict[str, tuple[str | None, torch.dtype]]
     choices = {"--dtype bfloat16": (None, torch.bfloat16)}
     choices |= {f"--quantize {kind}": (kind, dtype) for kind in KINDS if device.type != "mps"}
     sizes = {name: needed(*choice) for name, choice in choices.items() if devices == 1}

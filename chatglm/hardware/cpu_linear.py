@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 ROWS_AT_ONCE = 256  # of a matrix that is made small: they stay in the processor's own cache
-KEPT = ("weight", "bias")  # of torch.nn.Linear
 GROUPS = (128, 64, 32)  # numbers that share a scale at int4: as many as divide a row
+THREADS = torch.get_num_threads()  # as torch chose; while a network is loaded it has only one
 Weights = dict[str, Tensor]  # `weight`, and where there are scales `weight_scale`
 Product = Callable[[Tensor], Tensor]  # float32 rows [M, in] -> [M, out]
 
@@ -43,7 +43,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         for name, (shape, dtype) in self.stored(in_features, out_features).items():
             self.register_parameter(name, frozen(torch.empty(shape, dtype=dtype)))
-        self.register_parameter("bias", frozen(torch.empty(out_features)) if bias else None)
+        self.bias = frozen(torch.empty(out_features)) if bias else None
         self.kernel: Product | None = None  # without the bias
 
     @staticmethod
@@ -79,6 +79,7 @@ class PackedLinear(nn.Module):
 
     def product(self, rows: Tensor) -> Tensor:
         """[M, in] -> [M, out], both float32."""
+        assert self.kernel is not None, "pack comes first"
         out = self.kernel(rows)
         return out if self.bias is None else out.add_(self.bias)
 
@@ -240,16 +241,17 @@ def joined_product(*layers: nn.Module) -> Product:
         return products[0]
     if products:
         return lambda rows: torch.cat([product(rows) for product in products], dim=-1)
-    weight, bias = (join_rows([getattr(layer, kind) for layer in layers]) for kind in KEPT)
+    weight = join_rows([layer.weight for layer in layers])
+    bias = join_rows([layer.bias for layer in layers])
     if not has_fbgemm() or not torch.equal(weight.half().float(), weight):
         return lambda rows: linear(rows, weight, bias)
     kernel = HalfLinear.make_kernel({"weight": weight})
     return kernel if bias is None else lambda rows: kernel(rows).add_(bias)
 
 
-def join_rows(parts: list[nn.Parameter | None]) -> Tensor | None:
-    """The matrices one below the other, as the published files have them. The parts become views
-    of the same memory."""
+def join_rows(parts: list[Any]) -> Any:
+    """The matrices one below the other, as the published files have them, or None where there are
+    none. The parts become views of the same memory."""
     present = [part for part in parts if part is not None]
     if len(present) < 2:
         return present[0].data if present else None

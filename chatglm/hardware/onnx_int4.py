@@ -16,6 +16,8 @@ from onnx import ModelProto, TensorProto, helper
 from torch import Tensor
 from torch.nn.functional import pad
 
+from chatglm.hardware.cpu_linear import THREADS
+
 INT8_INPUTS = 4  # an accuracy level of the operator: each group of inputs has 8 bits and a scale
 PROVIDERS = ["CPUExecutionProvider"]
 
@@ -83,7 +85,7 @@ def multiplication(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
 @functools.cache
 def share_threads() -> None:
     """Before the first session, or each would have threads of its own."""
-    onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+    onnxruntime.set_global_thread_pool_sizes(THREADS, 1)
 
 
 def session_options() -> onnxruntime.SessionOptions:
