@@ -1,25 +1,30 @@
-"""Talks with the server in a terminal.
+"""Chat with the server in a terminal.
 
     python client.py                     # a conversation: clear forgets it, stop or Ctrl-D leaves
     python client.py "What is HTTP?"     # one answer
 
-Ctrl-C stops an answer, on the server too. It needs `requests`; with `rich`, it draws Markdown."""
+Ctrl-C stops an answer, on the server too. It needs `requests`; with `rich`, it draws Markdown.
+"""
 
 import argparse
-import json
+import codecs
+import io
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import requests
 
-MARKER = b"<^>"  # begins each frame; what follows it is the whole text so far
+MARKER = "<^>"  # begins each frame; what follows it is the whole text so far
+REDRAW_INTERVAL = 1 / 15  # seconds
 
 
-class Broken(Exception):
+class ChatError(Exception):
     """No answer, or not all of it; the message says what to tell the user."""
 
 
@@ -28,32 +33,42 @@ class Broken(Exception):
 
 def frames(chunks: Iterable[bytes]) -> Iterator[str]:
     """The text so far, each time it has grown, however the network cut or joined the bytes.
+
     >>> list(frames([b"<^>He<^>Hel", b"lo<", b"^>Hello!"]))
     ['Hel', 'Hello', 'Hello!']
     """
-    frame, shown = b"", ""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character for later
+    frame, shown = "", ""
     for chunk in chunks:
-        frame += chunk
+        frame += decoder.decode(chunk)
         frame = frame[max(0, frame.rfind(MARKER)) :]
-        # Held back: bytes of a character, or of a marker, whose rest has not arrived.
-        text = frame.removeprefix(MARKER).decode("utf-8", "ignore")
-        text = unescape(re.sub("<(\\^\u200b*)?$", "", text))
-        if not shown.startswith(text):  # the beginning of a frame is no news
-            yield (shown := text)
-    text = unescape(frame.removeprefix(MARKER).decode("utf-8", "replace"))
+        # The beginning of a marker at the end may become one with the next chunk: hold it back.
+        text = text_of(re.sub("<(\\^\u200b*)?$", "", frame))
+        if not shown.startswith(text):  # ignore a frame that is still a prefix of what was shown
+            shown = text
+            yield text
+    text = text_of(frame + decoder.decode(b"", final=True))
     if text != shown:
         yield text
 
 
+def text_of(frame: str) -> str:
+    return strip_controls(unescape(frame.removeprefix(MARKER)))
+
+
 def unescape(text: str) -> str:
-    """Undoes the server's escape of `<^>`; takes out controls, which could clear the screen."""
-    text = re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+    """Undoes the server's escape of `<^>` in the text itself."""
     return re.sub("<\\^(\u200b*)\u200b>", "<^\\1>", text)
 
 
-def answer(args: argparse.Namespace, prompt: str, history: list) -> Iterator[str]:
-    """Yields the text so far; closing the iterator hangs up, which stops the server. Drops the
-    oldest turns of `history` where the server says that they do not fit. Raises Broken."""
+def strip_controls(text: str) -> str:
+    """Without control characters, which could clear the screen; tabs and line ends stay."""
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+
+
+def answer(args: argparse.Namespace, prompt: str, history: list) -> Generator[str, None, None]:
+    """Yields the text so far; closing it disconnects, which stops the server. Drops the oldest
+    turns of `history` if the server says that they do not fit. Raises ChatError."""
     session = requests.Session()
     # http_proxy is the way to other machines, not to this one.
     session.trust_env = not re.match(r"https?://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", args.url)
@@ -71,78 +86,118 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Iterator[str
                 if response.status_code == 200:
                     yield from frames(response.iter_content(chunk_size=None))
                     return
-                detail = re.search(r'"detail": *"((?:[^"\\]|\\.)*)"', response.text)
-                refusal = json.loads(f'"{detail[1]}"') if detail else response.text[:200]
-                if not history or "leaves no room" not in refusal:
-                    raise Broken(f"{refusal} (HTTP {response.status_code})")
+                detail, code = read_refusal(response)
+                if not history or code != "context_length_exceeded":
+                    raise ChatError(f"{detail} (HTTP {response.status_code})")
             del history[0]
-            print(
-                "（对话太长，忘记了最早的一轮）(too long: the oldest turn is forgotten)",
-                file=sys.stderr,
-            )
+            note = "（对话太长，忘记了最早的一轮）(too long: the oldest turn is forgotten)"
+            print(note, file=sys.stderr)
     except requests.exceptions.ChunkedEncodingError as error:
-        raise Broken("回答不完整，连接断了 (incomplete: the connection broke off)") from error
+        raise ChatError("回答不完整，连接断了 (incomplete: the connection broke off)") from error
     except requests.exceptions.ConnectionError as error:
-        raise Broken(
-            f"{args.url} 没有服务器，请运行 (no server, start it): python api.py"
-        ) from error
+        advice = "没有服务器，请运行 (no server, start it): python api.py"
+        raise ChatError(f"{args.url} {advice}") from error
     except requests.exceptions.RequestException as error:
-        raise Broken(str(error)) from error
+        raise ChatError(str(error)) from error
 
 
-# --- Showing it ------------------------------------------------------------------------------
-
-
-def show_plain(texts: Iterator[str], heard: list[str]) -> None:
-    """Writes what is new; into a pipe, all at the end. `heard[0]` is the text so far."""
-    live = sys.stdout.isatty()
+def read_refusal(response: requests.Response) -> tuple[str, str | None]:
+    """What a refusal says to people, and its code for programs. Another server, such as a proxy,
+    may send anything."""
     try:
-        for text in texts:
-            print(text.removeprefix(heard[0]) if live else "", end="", flush=live)
-            heard[0] = text
+        refusal = response.json()
+    except ValueError:
+        refusal = None
+    if isinstance(refusal, dict) and "detail" in refusal:
+        return str(refusal["detail"]), refusal.get("code")
+    return response.text[:200], None
+
+
+# --- Showing it: a display is a context manager with a function that shows the text so far ----
+
+
+@contextmanager
+def plain_display() -> Iterator[Callable[[str], None]]:
+    """Writes what is new; into a pipe, all at the end."""
+    is_terminal, shown = sys.stdout.isatty(), ""
+
+    def show(text: str) -> None:
+        nonlocal shown
+        if is_terminal:
+            print(text.removeprefix(shown), end="", flush=True)
+        shown = text
+
+    try:
+        yield show
     finally:
-        print("" if live else heard[0])
+        print("" if is_terminal else shown)
 
 
-def show_markdown(texts: Iterator[str], heard: list[str]) -> None:
+@contextmanager
+def markdown_display() -> Iterator[Callable[[str], None]]:
     """Draws Markdown. Finished blocks are printed for good; only the last one is redrawn."""
-    from rich import console, live, segment
+    from rich.console import Console
+    from rich.live import Live
+    from rich.segment import SegmentLines
 
-    screen, done, drawn, pressed = console.Console(), 0, 0.0, []  # done: printed for good
-    screen.width -= 3  # room for the ^C that terminals write where the cursor is
+    console = Console()
+    console.width -= 3  # room for the ^C that terminals write where the cursor is
+    answer_so_far = ""
+    printed = 0  # characters that are printed for good
+    drawn = 0.0  # when the rest was drawn
 
-    def tail() -> segment.SegmentLines:  # of a block taller than the screen, its lower end
-        lines = screen.render_lines(markdown(heard[0][done:]), pad=False)
-        return segment.SegmentLines(lines[2 - screen.height :], new_lines=True)
+    def draw(finished: str) -> None:
+        lines = console.render_lines(markdown(answer_so_far[printed:]), pad=False)
+        lower_end = SegmentLines(lines[2 - console.height :], new_lines=True)  # what fits
+        display.update(lower_end, refresh=not finished)
+        if finished:  # rich prints it above the display, and draws that anew
+            console.print(markdown(finished), "")
 
-    try:  # no thread of rich's that redraws: a line printed meanwhile would be drawn over
-        with live.Live(console=screen, auto_refresh=False, transient=True) as last:
-            for heard[0] in texts:
-                # What Ctrl-C finds half written, rich would write once more: so it waits.
-                usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
-                done += len(block := finished_blocks(heard[0][done:]))
-                if block or time.monotonic() - drawn > 1 / 15:
-                    last.update(tail(), refresh=not block)
-                    if block:
-                        screen.print(markdown(block), "")
-                    drawn = time.monotonic()
-                signal.signal(signal.SIGINT, usual)
-                if pressed:
-                    raise KeyboardInterrupt
+    def show(text: str) -> None:
+        nonlocal answer_so_far, printed, drawn
+        with deferred_interrupt():
+            answer_so_far = text
+            finished = finished_blocks(text[printed:])
+            printed += len(finished)
+            if finished or time.monotonic() - drawn > REDRAW_INTERVAL:
+                draw(finished)
+                drawn = time.monotonic()
+
+    try:  # without rich's redrawing thread: it would draw over lines that are printed meanwhile
+        with Live(console=console, auto_refresh=False, transient=True) as display:
+            yield show
     finally:
-        if heard[0][done:].strip():
-            screen.print(markdown(heard[0][done:]))
+        if answer_so_far[printed:].strip():
+            console.print(markdown(answer_so_far[printed:]))
 
 
-def markdown(text: str):
+@contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Defers Ctrl-C while rich is writing; an interrupted write would be drawn twice."""
+    interrupted = False
+
+    def remember(signum: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+
+    usual = signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def markdown(text: str) -> Any:
     """rich's Markdown, with every line end kept, and HTML shown instead of left out."""
     from rich.markdown import Markdown
 
+    shown_as = {"html_block": "fence", "softbreak": "hardbreak", "html_inline": "text"}
     document = Markdown(text)
     for token in document.parsed:
-        token.type = {"html_block": "fence"}.get(token.type, token.type)
-        for part in token.children or []:
-            part.type = {"softbreak": "hardbreak", "html_inline": "text"}.get(part.type, part.type)
+        for part in [token, *(token.children or [])]:
+            part.type = shown_as.get(part.type, part.type)
     return document
 
 
@@ -155,25 +210,26 @@ def finished_blocks(text: str) -> str:
 # --- The conversation ------------------------------------------------------------------------
 
 
-def ask(args: argparse.Namespace, prompt: str, history: list, show: Callable) -> int:
+def ask(args: argparse.Namespace, prompt: str, history: list, display: Callable) -> int:
     """One turn, added to `history` unless nothing was said. Returns the exit status."""
-    heard, texts = [""], answer(args, prompt, history)
+    text = ""
     try:
-        show(texts, heard)
+        with display() as show, closing(answer(args, prompt, history)) as texts:
+            for text in texts:
+                show(text)
         return 0
     except KeyboardInterrupt:
-        texts.close()
         print("（已停止）(stopped)", file=sys.stderr)
         return 130
-    except Broken as error:
+    except ChatError as error:
         print(str(error), file=sys.stderr)
         return 1
     finally:
-        if heard[0]:
-            history.append([prompt, heard[0]])
+        if text:
+            history.append([prompt, text])
 
 
-def converse(args: argparse.Namespace, show: Callable) -> int:
+def converse(args: argparse.Namespace, display: Callable) -> int:
     if find_spec("readline"):  # arrow keys, and a backspace that knows how wide 字 is
         import readline  # noqa: F401
     history: list[list[str]] = []
@@ -190,11 +246,11 @@ def converse(args: argparse.Namespace, show: Callable) -> int:
             history.clear()
             print("（已清空）(forgotten)")
         elif prompt:
-            ask(args, prompt, history, show)
+            ask(args, prompt, history, display)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Talks with a ChatGLM server.")
+    parser = argparse.ArgumentParser(description="Chat with a ChatGLM server.")
     parser.add_argument("question", nargs="?", help="ask this alone, and end")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="default: %(default)s")
     parser.add_argument("--max-length", type=int, help="tokens of prompt and answer together")
@@ -204,13 +260,14 @@ def main() -> int:
     parser.add_argument("--plain", action="store_true", help="no Markdown, no redrawing")
     args = parser.parse_args(namespace=argparse.Namespace(id=str(time.time_ns())))
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if not stream.isatty():
+        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
             stream.reconfigure(encoding="utf-8", errors="replace")
     drawing = sys.stdout.isatty() and not args.plain and find_spec("rich")
-    show = show_markdown if drawing else show_plain
+    display = markdown_display if drawing else plain_display
     if args.question is None and sys.stdin.isatty():
-        return converse(args, show)
-    return ask(args, sys.stdin.read() if args.question is None else args.question, [], show)
+        return converse(args, display)
+    question = sys.stdin.read() if args.question is None else args.question
+    return ask(args, question, [], display)
 
 
 if __name__ == "__main__":

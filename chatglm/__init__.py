@@ -4,9 +4,11 @@
     response, history = model.chat(tokenizer, "你好")
     engine = chatglm.Engine(tokenizer, model)                # for a server
 
-Reading order: generate.py, sampling.py, text/messages.py, text/tokenizer.py, text/detokenizer.py,
-engine/engine.py, engine/sequence.py, engine/admission.py; then engine/batch.py, text/tools.py;
-then checkpoint/, hardware/, engine/cpu_attention.py, engine/cpu_glm.py and tiny/.
+Reading order (api.py, client.py and server/ are beside this folder). First sitting: api.py,
+client.py, generate.py, sampling.py, text/messages.py, text/tokenizer.py, text/detokenizer.py,
+engine/engine.py, engine/sequence.py, engine/admission.py. Second: engine/batch.py, errors.py,
+server/, text/tools.py. Third: checkpoint/, hardware/, engine/cpu_attention.py, engine/cpu_glm.py,
+tiny/.
 """
 
 from chatglm.checkpoint.load import load

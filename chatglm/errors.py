@@ -16,8 +16,9 @@ class InvalidField(ValueError):
 class PromptTooLong(InvalidField):
     """Prompt and history leave no token for the answer. Fewer turns of history would do."""
 
-    def __init__(self, prompt_tokens: int, max_length: int, advice: str) -> None:
-        taken = f"prompt and history take {prompt_tokens} tokens"
+    def __init__(self, prompt_tokens: int, max_length: int, advice: str, exact: bool) -> None:
+        count = f"{prompt_tokens}" if exact else f"at least {prompt_tokens}"
+        taken = f"prompt and history take {count} tokens"
         super().__init__("max_length", f"{max_length} leaves no room: {taken}; {advice}")
         self.prompt_tokens, self.max_length = prompt_tokens, max_length
 

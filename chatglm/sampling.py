@@ -1,8 +1,8 @@
-"""Choosing the next token, for many requests in one batch, each by its own settings.
+"""Choosing the next token, for many sequences in one batch, each with its own settings.
 
-Temperature, nucleus (top_p), repetition penalty and seed are arguments per row, so no request's
-settings touch its neighbour's. Randomness is counter-based: the noise of a token depends only on
-the request's seed, the position and the token, not on what else is in the batch.
+Temperature, nucleus (top_p), repetition penalty and seed are given per row, so no sequence's
+settings affect its neighbours. Randomness is counter-based: the noise of a token depends only on
+the seed, the position and the token, not on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from chatglm.errors import PromptTooLong
 
 DEFAULT_MAX_LENGTH = 2048  # tokens of prompt and answer, where a request sets no limit
-CANDIDATES = 32  # likeliest tokens that are looked at first
+CANDIDATES = 32  # the likeliest tokens; they nearly always hold the whole nucleus
 # Odd 64-bit multipliers of splitmix64 (Steele, Lea and Flood 2014), as signed integers.
 GOLDEN, MIX_1, MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
@@ -31,13 +31,13 @@ class SamplingParams:
     max_new_tokens: int | None = None  # of the answer alone; the smaller bound holds
 
 
-def check_room(prompt_tokens: int, max_length: int, context: int) -> int:
+def check_room(prompt_tokens: int, max_length: int, context: int, exact: bool = True) -> int:
     """Tokens that are left for the answer within `max_length` and the model's context. Raises
-    PromptTooLong if there are none."""
+    PromptTooLong if there are none. If `prompt_tokens` is not `exact`, it is a lower bound."""
     if prompt_tokens < min(max_length, context):
         return min(max_length, context) - prompt_tokens
     advice = "shorten the history" + (", or raise max_length" if max_length < context else "")
-    raise PromptTooLong(prompt_tokens, min(max_length, context), advice)
+    raise PromptTooLong(prompt_tokens, min(max_length, context), advice, exact)
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -71,14 +71,14 @@ def choose(
     Temperature 0 is greedy. top_p keeps the fewest most likely tokens whose probabilities sum to
     at least top_p (Holtzman et al. 2020), always one at least.
     """
-    on_cpu = logits.device.type == "cpu"  # where a look at the values costs nothing
+    on_cpu = logits.device.type == "cpu"  # there, reading values costs nothing
     greedy = None if on_cpu and temperature.all() else logits.argmax(dim=-1)
-    if on_cpu and not temperature.any():
+    if greedy is not None and on_cpu and not temperature.any():
         return greedy
     scores = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
     probabilities = scores.softmax(dim=-1)
-    # To sort a whole vocabulary takes longer than the network; mostly the candidates
-    # have enough mass.
+    # Sorting a whole vocabulary takes longer than the network. Mostly, a few candidates have
+    # enough probability.
     candidates = min(CANDIDATES, logits.shape[-1]) if on_cpu else logits.shape[-1]
     drawn, mass = draw(probabilities, candidates, top_p, seed, position)
     if (

@@ -9,7 +9,6 @@ Each is a whole server with a model, a batch and a cache of its own, on one GPU 
 Requests with the same `x-session-id` go to the same replica: it has their history in its cache.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 
 import api
+from server.refusals import RETRY_AFTER
+from server.settings import Settings, parse_settings
 
 SCALING = {  # what Ray is told of replicas, in its own words; times in seconds
     "min-replicas": 1,
@@ -34,7 +35,7 @@ CODE = {"working_dir": str(Path(api.__file__).parent)}  # every machine of the c
 class Replica:
     """What Ray asks of a replica, besides serving its app."""
 
-    def __init__(self, settings: argparse.Namespace) -> None:
+    def __init__(self, settings: Settings) -> None:
         api.load(settings)
 
     def check_health(self) -> None:
@@ -50,12 +51,7 @@ def deploy(arguments: dict[str, str]) -> serve.Application:
         for name, default in SCALING.items()
     }
     cpus = float(arguments.pop("cpus-per-replica", 1))  # torch gets as many threads from Ray
-    settings = api.parse_settings(
-        [
-            f"--{name}={value}" if name in api.FLAGS else f"--{name}"
-            for name, value in arguments.items()
-        ]
-    )
+    settings = parse_settings([f"--{name}={value}" for name, value in arguments.items()])
     if settings.model and os.path.isdir(settings.model):  # a replica runs in another folder
         settings.model = os.path.abspath(settings.model)
     if not ray.is_initialized():
@@ -74,7 +70,7 @@ def deploy(arguments: dict[str, str]) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         max_ongoing_requests=most,
         max_queued_requests=most,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=api.RETRY_AFTER),
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER),
         graceful_shutdown_timeout_s=settings.timeout,
         health_check_period_s=5,
     ).bind(settings)

@@ -1,118 +1,181 @@
-"""What every request's JSON has in common: strict types, and errors that say what would do."""
+"""What the JSON of every request has in common: strict types, and errors that name the field."""
 
 from __future__ import annotations
 
 import json
-import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
+from chatglm import InvalidField, SamplingParams
 from chatglm.errors import preview
 
-REASONS = {
-    400: "what cannot be served, and why",
-    401: "no key, or a wrong one",
-    408: "the body came too slowly",
-    413: "the body is too large",
-    429: "too many wait: see Retry-After",
-    503: "the model cannot answer",
-}
+# How the next token is chosen; the same in every protocol.
+TopP = Annotated[float, Field(gt=0, le=1, description="nucleus sampling; 0 counts as absent")]
+Temperature = Annotated[float, Field(ge=0, le=2, description="0 is greedy")]
+RepetitionPenalty = Annotated[float, Field(gt=0, le=2, description="over 1 discourages repetition")]
+Seed = Annotated[int | None, Field(ge=0, lt=2**32, description="makes an answer repeatable")]
+
 ZERO_IS_ABSENT = {"max_length", "top_p"}  # as in the textbook's `top_p or 0.7`
+PROBLEMS = {  # what would do, by pydantic's error types; in braces, what pydantic knows of it
+    "missing": "is required",
+    "string_type": "must be a string",
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be a JSON object",
+    "model_type": "must be a JSON object",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be greater than or equal to {ge:g}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be less than or equal to {le:g}",
+    "literal_error": "must be {expected}",
+    "too_short": "must not be empty",
+    "string_pattern_mismatch": "must match {pattern}",
+    "value_error": "{error}",
+}
 
 
-class Strict(BaseModel):
-    """A string is no number, nor is true or NaN; null counts as absent; other keys are ignored."""
+def problem(error: Mapping[str, Any]) -> str:
+    """What is wrong with a field, from one of pydantic's errors."""
+    wanted = PROBLEMS.get(error["type"], "must be as in /docs").format(**error.get("ctx", {}))
+    if error["type"] in ("missing", "too_short"):  # there is no value to show
+        return wanted
+    return f"{wanted}, not {preview(error['input'])}"
+
+
+def one_of(forms: str) -> WrapValidator:
+    """For a field of several types: one sentence, where pydantic has an error for each type."""
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            raise ValueError(f"must be {forms}") from error
+
+    return WrapValidator(check)
+
+
+class StrictModel(BaseModel):
+    """Strict types: no coercion from strings or booleans, no NaN. Null counts as absent; other
+    keys are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def leave_out_absent(cls, fields: object) -> object:
+    def drop_nulls(cls, fields: object) -> object:
         if not isinstance(fields, dict):
             return fields
         return {
             name: value
             for name, value in fields.items()
-            if value is not None
-            and not (name in ZERO_IS_ABSENT and type(value) in (int, float) and value == 0)
+            if value is not None and not (name in ZERO_IS_ABSENT and is_zero(value))
         }
 
+
+def is_zero(value: object) -> bool:
+    return type(value) in (int, float) and value == 0  # False is 0 as well, but no number here
+
+
+class ChatBody(StrictModel):
+    """The body of a request for an answer, in any protocol."""
+
+    stream: bool = False
+
+    @abstractmethod
+    def to_messages(self) -> list[dict]:
+        """The conversation as the tokenizer takes it. Raises InvalidField."""
+
+    @abstractmethod
+    def sampling_params(self) -> SamplingParams: ...
+
+    def forced_prefix(self) -> str:
+        """What the answer must begin with."""
+        return ""
+
     @classmethod
-    def read(cls, body: bytes | dict) -> Self:
-        """From JSON, or from fields already read. Raises ValueError, naming the field."""
+    def from_json(cls, body: bytes) -> Self:
+        """Raises ValueError if it is not JSON, InvalidField if a field is wrong."""
         try:
-            fields = body if isinstance(body, dict) else json.loads(body.decode("utf-8-sig"))
+            fields = json.loads(body.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
             raise ValueError(f"the body must be a JSON object, as in /docs: {error}") from error
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"])) or "the body"
-            wanted = re.sub("^Input should", "must", first["msg"]).replace("Field", "is")
-            raise ValueError(f"{field} {wanted}, not {preview(first['input'])}") from error
-
-    @classmethod
-    def written_out_schema(cls) -> dict:
-        """Its JSON schema in one piece: in an OpenAPI document, "#/$defs/…" would lead nowhere."""
-        schema = cls.model_json_schema()
-        definitions = schema.pop("$defs", {})
-
-        def whole(node: Any) -> Any:
-            if isinstance(node, list):
-                return [whole(item) for item in node]
-            if not isinstance(node, dict):
-                return node
-            node = {name: whole(item) for name, item in node.items()}
-            named = node.pop("$ref", "").rpartition("/")[2]
-            return {**whole(definitions[named]), **node} if named else node
-
-        return whole(schema)
-
-    @classmethod
-    def described(cls, refusal: dict, answers: dict) -> dict[str, dict]:
-        """For /docs, by method: what FastAPI cannot see of a route that reads its body itself.
-        `answers` has an example for each media type."""
-        schema = cls.written_out_schema()
-        responses = {
-            code: {"description": reason, "content": {"application/json": {"example": refusal}}}
-            for code, reason in REASONS.items()
-        }
-        responses[200] = {
-            "description": "the answer",
-            "content": {media: {"example": example} for media, example in answers.items()},
-        }
-        body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        query = [
-            {"name": name, "in": "query", "required": name in schema["required"], "schema": field}
-            for name, field in schema["properties"].items()
-        ]
-        return {
-            "post": {"openapi_extra": {"requestBody": body}, "responses": responses},
-            "get": {"openapi_extra": {"parameters": query}, "responses": responses},
-        }
+        return cls.from_fields(fields)
 
     @classmethod
     def from_query(cls, query: Mapping[str, str]) -> Self:
-        """From a URL's query, where all but the prompt is JSON. Raises ValueError."""
-        fields: dict = dict(query)
+        """From a URL's query, in which all but the prompt is JSON. Raises InvalidField."""
+        fields: dict[str, Any] = dict(query)
         for name in fields.keys() - {"prompt"}:
-            with suppress(ValueError, RecursionError):  # what is not JSON stays text, and is
-                fields[name] = json.loads(fields[name])  # refused as such where it counts
-        return cls.read(fields)
+            # Not JSON: leave the text; validation rejects it if the field needs another type.
+            with suppress(ValueError, RecursionError):
+                fields[name] = json.loads(fields[name])
+        return cls.from_fields(fields)
+
+    @classmethod
+    def from_fields(cls, fields: object) -> Self:
+        """From what was JSON. Raises ValueError, naming the first field that is wrong."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as errors:
+            first = errors.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"]))
+            if not field:
+                raise ValueError(f"the body {problem(first)}") from errors
+            raise InvalidField(field, problem(first)) from errors
+
+    # For /docs: FastAPI sees nothing of a body that the route reads itself.
+
+    @classmethod
+    def openapi_body(cls) -> dict[str, Any]:
+        content = {"application/json": {"schema": inlined_schema(cls)}}
+        return {"requestBody": {"required": True, "content": content}}
+
+    @classmethod
+    def openapi_query(cls) -> dict[str, Any]:
+        schema = inlined_schema(cls)
+        return {
+            "parameters": [
+                {
+                    "name": name,
+                    "in": "query",
+                    "required": name in schema["required"],
+                    "schema": field,
+                }
+                for name, field in schema["properties"].items()
+            ]
+        }
 
 
-class Sampling(Strict):
-    """How the next token is chosen."""
+def inlined_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The model's JSON schema in one piece: "#/$defs/…" leads nowhere in an OpenAPI document."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
 
-    top_p: float = Field(0.7, gt=0, le=1, description="nucleus sampling; 0 is absent")
-    temperature: float = Field(0.95, ge=0, le=2, description="0 is greedy")
-    repetition_penalty: float = Field(1.0, gt=0, le=2, description="over 1 discourages repetition")
-    seed: int | None = Field(None, ge=0, lt=2**32, description="makes an answer repeatable")
+    def inlined(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inlined(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            name = node["$ref"].removeprefix("#/$defs/")
+            beside = {key: value for key, value in node.items() if key != "$ref"}
+            return inlined({**definitions[name], **beside})
+        return {key: inlined(value) for key, value in node.items()}
 
-    def sampling(self) -> dict:
-        """As `Engine.prepare` takes it."""
-        return self.model_dump(include=set(Sampling.model_fields))
+    return inlined(schema)

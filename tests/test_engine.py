@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 import time
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 import chatglm
 from chatglm import SamplingParams
 from chatglm.engine.sequence import FIRST_TOKENS_UNTHROTTLED, MIN_INTERVAL, LatestOutput, Output
-from chatglm.text.messages import to_messages
+from chatglm.text.messages import count_characters, to_messages
+from tests.servers import LIMIT
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
 ENDLESS = dict(temperature=0, max_length=1000)  # what this model answers 你好 with, it never ends
@@ -39,8 +40,24 @@ async def last(engine, question, **settings):
     return chunk
 
 
-async def until(condition, seconds=20):
-    async with asyncio.timeout(seconds):
+@contextmanager
+def held(model):
+    """Meanwhile the model makes only the steps that are let through: `with held(model) as let`."""
+    steps = threading.Semaphore(0)
+
+    def wait(*_):
+        steps.acquire(timeout=LIMIT)
+
+    hook = model.model.embed_tokens.register_forward_pre_hook(wait)
+    try:
+        yield steps.release
+    finally:
+        hook.remove()
+        steps.release()  # the one that waits
+
+
+async def until(condition):
+    async with asyncio.timeout(LIMIT):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -190,26 +207,25 @@ def test_closing_the_iterator_cancels_and_leaves_nothing(loaded, moment):
     async def scenario():
         with chatglm.Engine(*loaded, max_concurrency=1) as engine:
             prompt = "你好" * 200 if moment == "prefill" else "你好"
-            first = asyncio.create_task(last(engine, prompt, **ENDLESS))
-            await until(lambda: engine.active == 1)
-            leaving = first
-            if moment == "waiting":
-                leaving = asyncio.create_task(last(engine, "你好", **ENDLESS))
-                await until(lambda: engine.waiting == 1)
-            elif moment == "decoding":
-                await until(
-                    lambda: any(
-                        s.generated_tokens
-                        for s in (
-                            engine._batch._manager.batch_processor.scheduler.active_requests.values()
+            with held(loaded[1]) as let:
+                leaving = first = asyncio.create_task(last(engine, prompt, **ENDLESS))
+                await until(lambda: engine.active == 1)
+                if moment == "waiting":
+                    leaving = asyncio.create_task(last(engine, "你好", **ENDLESS))
+                    await until(lambda: engine.waiting == 1)
+                elif moment == "decoding":
+                    let(5)
+                    scheduler = engine._batch._manager.batch_processor.scheduler
+                    await until(
+                        lambda: any(
+                            state.generated_tokens for state in scheduler.active_requests.values()
                         )
                     )
-                )
-            leaving.cancel()
-            await asyncio.wait([leaving])
-            if moment == "waiting":
-                assert engine.active == 1 and engine.waiting == 0 and not first.done()
-                first.cancel()
+                leaving.cancel()
+                await asyncio.wait([leaving])
+                if moment == "waiting":
+                    assert engine.active == 1 and engine.waiting == 0 and not first.done()
+                    first.cancel()
             await until(lambda: is_empty(engine))
             assert (await last(engine, "hi", max_new_tokens=3)).completion_tokens
 
@@ -219,11 +235,12 @@ def test_closing_the_iterator_cancels_and_leaves_nothing(loaded, moment):
 def test_one_request_more_than_there_are_places_waits_for_its_turn(loaded):
     async def scenario():
         with chatglm.Engine(*loaded, max_concurrency=2) as engine:
-            tasks = [
-                asyncio.create_task(last(engine, "hi", temperature=0, max_new_tokens=20))
-                for _ in range(5)
-            ]
-            await until(lambda: engine.active == 2 and engine.waiting == 3)
+            with held(loaded[1]):
+                tasks = [
+                    asyncio.create_task(last(engine, "hi", temperature=0, max_new_tokens=20))
+                    for _ in range(5)
+                ]
+                await until(lambda: engine.active == 2 and engine.waiting == 3)
             assert len({(await task).raw for task in tasks}) == 1
 
     asyncio.run(scenario())
@@ -297,6 +314,30 @@ def test_what_does_not_fit_is_refused_with_both_counts(engine, loaded):
     assert engine.prepare(prompt, SamplingParams(max_new_tokens=7)).max_new_tokens == 7
 
 
+def nested(depth):
+    schema = {"type": "object"}
+    for _ in range(depth):
+        schema = {"properties": schema}
+    return [{"role": "system", "content": "", "tools": [{"name": "f", "parameters": schema}]}]
+
+
+@pytest.mark.parametrize(
+    "messages", [to_messages("你" * 10**7), nested(400), nested(900)], ids=["text", "400", "900"]
+)
+def test_what_cannot_fit_is_refused_before_memory_is_spent_on_it(engine, monkeypatch, messages):
+    monkeypatch.setattr(engine.tokenizer, "encode_chat", None)  # it would fail if it were called
+    with pytest.raises(chatglm.PromptTooLong, match="at least \\d+ tokens"):
+        engine.prepare(messages, SamplingParams(max_length=2048))
+
+
+def test_a_prompt_is_never_longer_than_the_count_that_refuses_it(engine):
+    for text in ("a" * 3000, " " * 3000, "\n\n" * 500, "你好，世界。" * 300, "🚀" * 500, "<0x0A>"):
+        for tools in [], [{"name": text[:9], "description": text, "parameters": {"t": [text]}}]:
+            messages = [{"role": "user", "content": text, "tools": tools}]
+            tokens = len(engine.tokenizer.encode_chat(messages))
+            assert count_characters(messages, 10**9) // engine.tokenizer.longest_token <= tokens
+
+
 def test_the_next_turn_reads_the_cache_of_the_turn_before(engine, loaded):
     async def scenario():
         history = [["question " * 20, "answer " * 20]]
@@ -341,7 +382,7 @@ def test_after_a_thousand_requests_many_cancelled_pages_and_memory_are_back(engi
 
 def test_the_first_tokens_come_at_once_then_the_newest_in_turn_and_the_last_at_once():
     async def counts() -> list[int]:
-        latest, got, begin = LatestOutput(None, lambda: None), [], time.monotonic()
+        latest, got, begin = LatestOutput(lambda: None), [], time.monotonic()
 
         async def read():
             while not (got and latest.is_finished):

@@ -24,6 +24,7 @@ from chatglm.hardware.cpu_linear import PackedLinear
 from chatglm.text.messages import to_messages
 from chatglm.tiny.evaluation import answer
 from tests.original import GOLDEN, golden_config, native, publish, random_state, shapes
+from tests.servers import LIMIT
 from tests.test_tiny import lines
 
 KINDS = ["int8", "int4"]
@@ -189,7 +190,7 @@ def test_loading_takes_the_small_weights_and_three_matrices(folder, kind):
         cwd=GOLDEN.parent.parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
         check=True,
     )
     shutil.rmtree(folder)

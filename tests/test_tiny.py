@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 import chatglm
-from chatglm.tiny.batches import DECIDES, batches, encode
+from chatglm.tiny.batches import DECISION_WEIGHT, batches, encode
 from chatglm.tiny.corpus import Corpus
 from chatglm.tiny.evaluation import answer, evaluate
 from chatglm.tiny.train import BATCHES
@@ -115,7 +115,9 @@ def test_what_decides_for_a_tool_and_what_it_computes_counts_most_in_training():
         "content": "```python\ntool_call(expression='12+3')\n```",
     }
     ids, counts = encode(tokenizer, [{"role": "user", "content": "12+3?"}, call], random.Random(0))
-    most = [tokenizer.sp.id_to_piece(id_) for id_, count in zip(ids, counts) if count == DECIDES]
+    most = [
+        tokenizer.sp.id_to_piece(id_) for id_, count in zip(ids, counts) if count == DECISION_WEIGHT
+    ]
     assert "".join(most) == "▁calculate<0x0A>+"
     begin = ids.index(tokenizer.specials["<|assistant|>"])
     assert not any(counts[: begin + 1]) and all(counts[begin + 1 :])

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from chatglm.engine.sequence import Chunk
 from chatglm.text.tokenizer import ChatGLMTokenizer, TemplateTokenizer
 from chatglm.text.tools import INTRODUCTION, declare, may_be_call, read_call, write_call
-from server.openai_api import Completion, before_stop, parts
+from server.openai_api import before_stop, deltas
+from server.openai_request import ChatCompletionRequest
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
 WEATHER = {
@@ -91,7 +92,7 @@ def test_what_is_no_plain_call_stays_text_and_nothing_is_run(code, tmp_path):
     raw = f"get_weather\n ```python\n{code.format(path=path)}\n```"
     assert read_call(raw, ["get_weather"]) is None
     assert not path.exists()
-    [*_, last] = run(parts(chunks(raw), ["get_weather"], []))
+    [*_, last] = run(deltas(chunks(raw), ["get_weather"], []))
     assert (last.text, last.call, last.finish_reason) == (raw.partition("\n")[2], None, "stop")
 
 
@@ -110,10 +111,10 @@ def test_only_a_declared_name_with_arguments_is_a_call(raw):
 
 
 def test_text_streams_while_tools_are_offered_and_a_call_comes_whole():
-    pieces = run(parts(chunks("\n", " It", " is", " fine"), ["get_weather"], []))
-    assert [part.text for part in pieces] == [" It", " is", " fine"]
+    pieces = run(deltas(chunks("\n", " It", " is", " fine"), ["get_weather"], []))
+    assert [delta.text for delta in pieces] == [" It", " is", " fine"]
     assert pieces[-1].finish_reason == "stop"
-    [only] = run(parts(chunks(*CALL), ["get_weather"], []))
+    [only] = run(deltas(chunks(*CALL), ["get_weather"], []))
     assert only.call.name == "get_weather" and only.finish_reason == "tool_calls"
 
 
@@ -141,8 +142,8 @@ def test_a_stop_sequence_ends_the_text_wherever_it_is_cut():
     for cut in range(1, 6):
         text = "a, b; c"
         pieces = [text[i : i + cut] for i in range(0, len(text), cut)]
-        got = run(parts(chunks("\n", *pieces), [], ["; c", "b; d"]))
-        assert "".join(part.text for part in got) == "a, b"
+        got = run(deltas(chunks("\n", *pieces), [], ["; c", "b; d"]))
+        assert "".join(delta.text for delta in got) == "a, b"
         assert got[-1].finish_reason == "stop"
     assert before_stop("a;", [";;"], ended=True) == ("a;", False)
 
@@ -178,8 +179,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
-def completion(**fields) -> Completion:
-    return Completion.read({"messages": [{"role": "user", "content": "hi"}], **fields})
+def completion(**fields) -> ChatCompletionRequest:
+    messages = [{"role": "user", "content": "hi"}]
+    return ChatCompletionRequest.from_fields({"messages": messages, **fields})
 
 
 def test_tool_choice_says_what_may_and_what_must_be_called():
@@ -188,8 +190,8 @@ def test_tool_choice_says_what_may_and_what_must_be_called():
     assert completion(tools=tools).callable_names() == ["a", "b"]
     assert completion(tools=tools, tool_choice="none").callable_names() == []
     assert completion(tools=tools, tool_choice=named).callable_names() == ["b"]
-    assert completion(tools=tools, tool_choice=named).settings()["beginning"] == "b\n"
-    assert completion(tools=tools[:1], tool_choice="required").settings()["beginning"] == "a\n"
+    assert completion(tools=tools, tool_choice=named).forced_prefix() == "b\n"
+    assert completion(tools=tools[:1], tool_choice="required").forced_prefix() == "a\n"
     assert completion(tools=tools, tool_choice="none").to_messages()[0]["role"] == "user"
     for choice in ("required", {"type": "function", "function": {"name": "c"}}):
         with pytest.raises(ValueError, match="tool_choice"):

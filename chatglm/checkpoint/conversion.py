@@ -40,13 +40,13 @@ FIXED_SETTINGS = {
 }
 
 
-class ChatGLMForConditionalGeneration(FusedGlmMixin, GlmForCausalLM):
+class ChatGLMForConditionalGeneration(FusedGlmMixin, GlmForCausalLM):  # type: ignore[misc]
     """GLM under its published ChatGLM name, so that the table below leaves `glm` itself alone."""
 
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$"]  # computed from the config
 
 
-WEIGHTS = [
+WEIGHTS: list[WeightRenaming | WeightConverter] = [
     WeightRenaming("transformer.embedding.word_embeddings", "model.embed_tokens"),
     WeightRenaming("transformer.encoder.final_layernorm", "model.norm"),
     WeightRenaming("transformer.output_layer", "lm_head"),
@@ -97,9 +97,9 @@ def translate_config(published: dict, where: str, chat_format: str = "chatglm3")
         pad_token_id=published.get("pad_token_id", 0),
         architectures=["ChatGLMForConditionalGeneration"],
     )
-    # On several GPUs each has all of the attention: q, k and v lie in one tensor in the files, of
-    # which transformers would cut a share before it takes them apart.
-    config.base_model_tp_plan = {
+    # With several GPUs, each has all of the attention. In the files, q, k and v are one tensor, and
+    # transformers would take a GPU's share of it before it splits them.
+    config.base_model_tp_plan = {  # type: ignore[misc]
         name: style for name, style in config.base_model_tp_plan.items() if ".mlp." in name
     }
     return config

@@ -39,7 +39,7 @@ from chatglm.generate import ChatMixin
 from chatglm.hardware.device import pick_device, pick_dtype
 from chatglm.hardware.tensor_parallel import check_devices, launch
 from chatglm.hardware.threads import single_threaded
-from chatglm.text.tokenizer import ChatGLMTokenizer, TemplateTokenizer
+from chatglm.text.tokenizer import ChatGLMTokenizer, TemplateTokenizer, Tokenizer
 
 
 @single_threaded()
@@ -51,7 +51,7 @@ def load(
     quantize: str | None = None,
     devices: int = 1,
     pack: bool = True,
-):
+) -> tuple[Tokenizer, PreTrainedModel]:
     """(tokenizer, model) of a checkpoint, ready to chat.
 
     `path` is a local folder (the network is then never asked), a hub id such as
@@ -70,6 +70,9 @@ def load(
     refuse_unservable(published, folder)
     quantize = quantize_as_stored(quantize, published, folder)
     shards = check_weights(folder)
+    tokenizer: Tokenizer
+    config: PretrainedConfig
+    model_class: type[PreTrainedModel]
     if published.get("model_type") == "chatglm":
         chat_format = chat_format or detect_chat_format(published, folder)
         tokenizer = load_chatglm_tokenizer(folder, chat_format)
@@ -80,7 +83,7 @@ def load(
         model_class = ChatGLMForConditionalGeneration
     else:
         config = load_native_config(folder)
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
         tokenizer = load_template_tokenizer(folder, config, chat_format)
     precision = pick_dtype(dtype, target)
     quantization = pick_quantization(quantize, target, precision)
@@ -100,7 +103,7 @@ def load(
 
 def refuse_unservable(published: dict, folder: Path) -> None:
     """Raises ValueError for the known kinds that cannot be served, each with the way out."""
-    model_type = published.get("model_type")
+    model_type = str(published.get("model_type"))
     quantised = published.get("quantization_bit") or published.get("quantization_config")
     if model_type == "chatglm" and quantised and not is_shrunk(published):
         raise ValueError(
@@ -176,7 +179,7 @@ def detect_chat_format(published: dict, folder: Path) -> str:
     if any(re.search(r"chatglm\d?-.*base", name, re.IGNORECASE) for name in names):
         raise ValueError(
             f"{folder} is a base model, not trained to chat; use the chat model, or "
-            "say chat_format (--chat-format) chatglm3 if you have tuned it to"
+            "pass chat_format (--chat-format) chatglm3 if you have tuned it to"
         )
     if any("<|user|>" in text for text in texts):
         return "chatglm3"
@@ -186,7 +189,7 @@ def detect_chat_format(published: dict, folder: Path) -> str:
     if (folder / "tokenization_chatglm.py").is_file():
         return "chatglm2"
     raise ValueError(
-        f"{folder}: its files do not say which chat format it speaks; say "
+        f"{folder}: its files do not say which chat format it speaks; pass "
         "chat_format (--chat-format) chatglm2 or chatglm3"
     )
 
@@ -243,7 +246,7 @@ def load_template_tokenizer(folder: Path, config, chat_format: str | None) -> Te
 # 2. Onto the device
 
 
-def chat_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def chat_class(model_class: type[PreTrainedModel]) -> Any:
     """The class with `chat` and `stream_chat`, and a GLM with its fast path on a CPU. It keeps its
     name, because the table in conversion.py is registered under that."""
     is_plain_glm = model_class is GlmForCausalLM
@@ -306,9 +309,9 @@ def load_weights(
         ("mismatched_keys", "have another shape than config.json says"),
     ):
         if report[kind]:
-            names = sorted(str(key) for key in report[kind])
+            found = sorted(str(key) for key in report[kind])
             raise ValueError(
-                f"{folder}: {len(names)} tensors {text}, such as {names[0]}; the "
+                f"{folder}: {len(found)} tensors {text}, such as {found[0]}; the "
                 "weights and config.json are not of the same model"
             )
     if for_cpu and for_cpu.pack:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -30,7 +31,7 @@ def pick_quantization(
     if kind is None:
         return None
     if kind not in KINDS:
-        raise ValueError(f"quantize {kind!a} is neither int8 nor int4")
+        raise ValueError(f"quantize must be one of int8, int4, not {kind!a}")
     if device.type == "cpu":
         return for_cpu(kind, dtype)
     if device.type != "cuda":
@@ -77,13 +78,14 @@ def wrong_shapes(model) -> list[tuple]:
     """Quantised matrices of another shape than the network's: transformers lets these pass."""
     found = []
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if weight is None:  # it has none, or a kernel has it
             continue
         expected = (
             (module.out_features, module.in_features) if hasattr(module, "in_features") else ()
         )
-        if state := getattr(weight, "quant_state", None):
+        state: Any = getattr(weight, "quant_state", None)
+        if state is not None:
             shape = tuple(state.shape)
         elif hasattr(weight, "SCB"):
             shape = tuple(weight.shape)

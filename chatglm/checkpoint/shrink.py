@@ -19,6 +19,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from chatglm.checkpoint.cpu_quantizer import CpuQuantizationConfig
 from chatglm.checkpoint.files import WEIGHT_FILES, find_folder, read_json
 from chatglm.checkpoint.load import load
 from chatglm.checkpoint.quantize import KINDS
@@ -34,7 +35,7 @@ def shrink(path: str, kind: str, out: Path) -> None:
     source = find_folder(path)
     _, model = load(source, device="cpu", quantize=kind, pack=False)
     config = read_json(source / "config.json")
-    config["quantization_config"] = model.hf_quantizer.quantization_config.to_dict()
+    config["quantization_config"] = CpuQuantizationConfig(kind).to_dict()
     # Under another name until all is there: what has the name is whole.
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -10,6 +10,7 @@ import asyncio
 import math
 import threading
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from transformers import (
@@ -43,7 +44,7 @@ class Batch:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         stop_ids: list[int],
         max_running: int,
         max_model_len: int,
@@ -90,12 +91,14 @@ class Batch:
 
     def add(self, sequence: Sequence) -> bool:
         """Hands it to the model thread. False if that is not able to take it."""
-        params, request_id = sequence.params, sequence.request_id
-        self._router.sequences[request_id] = sequence  # first, or an output would be missed
+        params, made = sequence.params, sequence.latest.token_ids  # some, after a pause
+        sequence.batch_id = f"{sequence.request_id}.{len(made)}"
+        sequence.resumed_ids = made
+        self._router.sequences[sequence.batch_id] = sequence  # first, or an output would be missed
         accepted = self._manager.add_request(
-            sequence.input_ids,
-            request_id=request_id,
-            max_new_tokens=sequence.max_new_tokens,
+            sequence.input_ids + made,
+            request_id=sequence.batch_id,
+            max_new_tokens=sequence.max_new_tokens - len(made),
             streaming=True,
             temperature=float(params.temperature),
             top_p=float(params.top_p),
@@ -103,14 +106,14 @@ class Batch:
             seed=params.seed,
         )
         if accepted is None:
-            del self._router.sequences[request_id]
+            del self._router.sequences[sequence.batch_id]
         return accepted is not None
 
     def remove(self, sequence: Sequence) -> None:
         """Forgets it. If it still runs, it leaves the batch before the next step."""
-        del self._router.sequences[sequence.request_id]
+        del self._router.sequences[sequence.batch_id]
         if not sequence.latest.is_finished:
-            self._manager.cancel_request(sequence.request_id)
+            self._manager.cancel_request(sequence.batch_id)
 
 
 def cache_config(model: PreTrainedModel, max_running: int) -> ContinuousBatchingConfig:
@@ -150,7 +153,7 @@ class SequenceRouter(OutputRouter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sequences: dict[str, Sequence] = {}  # by request id
+        self.sequences: dict[str, Sequence] = {}  # by batch_id
 
     def deliver(self, output: GenerationOutput) -> None:
         self.deliver_batch([output])
@@ -159,17 +162,19 @@ class SequenceRouter(OutputRouter):
         due: dict[asyncio.AbstractEventLoop, list[LatestOutput]] = {}
         for output in outputs:
             sequence = self.sequences.get(output.request_id)
-            if sequence is not None and sequence.latest.set(translate(output)):
+            if sequence is not None and sequence.latest.set(translate(sequence, output)):
                 due.setdefault(sequence.latest.loop, []).append(sequence.latest)
         for loop, mailboxes in due.items():
             loop.call_soon_threadsafe(notify_all, mailboxes)
 
 
-def translate(output: GenerationOutput) -> Output:
-    error = output.error
+def translate(sequence: Sequence, output: GenerationOutput) -> Output:
+    error, tokens = output.error, output.generated_tokens
+    if sequence.resumed_ids:  # for the library, these belong to the prompt
+        tokens = sequence.resumed_ids + tokens
     if output.logprobs and math.isnan(output.logprobs[-1]):  # the mark of SamplerProcessor
         error = "the model's scores are not finite"
-    return Output(output.generated_tokens, output.is_finished(), error)
+    return Output(tokens, output.is_finished(), error)
 
 
 def notify_all(mailboxes: list[LatestOutput]) -> None:

@@ -20,8 +20,10 @@ import logging
 import math
 import random
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, closing
+from contextlib import aclosing
 from dataclasses import replace
+
+from torch.utils.hooks import RemovableHandle
 
 from chatglm.engine.admission import AdmissionQueue
 from chatglm.engine.batch import Batch
@@ -31,9 +33,11 @@ from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
 from chatglm.sampling import DEFAULT_MAX_LENGTH, SamplingParams, check_room
 from chatglm.text.detokenizer import Detokenizer
-from chatglm.text.messages import extend_history, to_messages
+from chatglm.text.messages import count_characters, extend_history, to_messages
 
 logger = logging.getLogger("chatglm")
+
+ALWAYS_COUNTED = 2**16  # characters; a shorter prompt is tokenised, so a refusal has its length
 
 
 class Engine:
@@ -58,9 +62,11 @@ class Engine:
         context = model.config.max_position_embeddings
         self.max_model_len: int = min(max_length or context, context)  # tokens
         self.max_request_tokens = self.max_model_len  # less if the KV cache is smaller
-        self._admission = AdmissionQueue(max_concurrency, max_waiting)
+        self._admission = AdmissionQueue(
+            max_concurrency, max_waiting, self._join_batch, self._leave_batch
+        )
         self._batch: Batch | None = None
-        self._thread_policy = None
+        self._thread_policy: RemovableHandle | None = None
         self._request_numbers = itertools.count()
         self._stopping = False
 
@@ -68,7 +74,7 @@ class Engine:
 
     @property
     def active(self) -> int:
-        return self._admission.num_running
+        return len(self._admission.running)
 
     @property
     def waiting(self) -> int:
@@ -134,28 +140,34 @@ class Engine:
         no token is left for the answer, and ValueError for messages that cannot be encoded.
         """
         params = params or SamplingParams()
+        context, max_length = self.max_request_tokens, params.max_length
+        if max_length is None:
+            max_length = DEFAULT_MAX_LENGTH if params.max_new_tokens is None else context
+        # A long text that cannot fit is not tokenised: that would take time and memory.
+        longest = self.tokenizer.longest_token
+        most = max(ALWAYS_COUNTED, min(max_length, context) * longest)
+        characters = count_characters(messages, most)
+        if characters > most:
+            check_room(characters // longest, max_length, context, exact=False)
         input_ids = self.tokenizer.encode_chat(messages)
         if forced_prefix:
             input_ids += self.tokenizer.encode(forced_prefix)
-        max_length = params.max_length
-        if max_length is None:
-            unlimited = params.max_new_tokens is None
-            max_length = DEFAULT_MAX_LENGTH if unlimited else self.max_request_tokens
-        max_new_tokens = check_room(len(input_ids), max_length, self.max_request_tokens)
+        max_new_tokens = check_room(len(input_ids), max_length, context)
         if params.max_new_tokens is not None:
             max_new_tokens = min(max_new_tokens, params.max_new_tokens)
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(32))
         return Sequence(input_ids, max_new_tokens, params, forced_prefix)
 
-    async def submit(self, sequence: Sequence) -> AsyncGenerator[Chunk, None]:
+    async def submit(self, sequence: Sequence, client: str = "") -> AsyncGenerator[Chunk, None]:
         """Queues it, and returns the chunks of its answer. Raises QueueFull, or EngineError.
 
         Each chunk holds the whole text so far; the last has a `finish_reason`. Not every step has
         a chunk: at most 25 come a second, and a slow reader gets the newest. If there will be no
         whole answer, the generator raises EngineError. Closing it cancels the request, whether it
-        waits or runs.
+        waits or runs. Requests of one `client`, any name, share that client's share of the places.
         """
+        sequence.client = client
         chunks = self._run(sequence)
         # Runs it up to its first yield: only a generator that has started runs its `finally`
         # when it is closed, or dropped.
@@ -182,14 +194,15 @@ class Engine:
         self._enqueue(sequence)
         try:
             yield Chunk("", "", 0, 0)  # queued; `submit` takes this one
-            await sequence.admitted
-            async with aclosing(self._read(sequence)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.anchor)
+            while sequence.stats.finish_reason is None:
+                yield self._chunk(sequence, await sequence.latest.next(), detokenizer)
         except EngineError as error:
             sequence.stats.finish_reason = error.finish_reason
             raise
         finally:
+            sequence.latest.close()
+            self._leave_batch(sequence)
             self._admission.release(sequence)
             logger.info("%s", sequence.stats)
 
@@ -197,35 +210,36 @@ class Engine:
         assert self._batch is not None
         sequence.request_id = f"request-{next(self._request_numbers)}"
         sequence.stats = RequestStats(sequence.request_id, len(sequence.input_ids))
+        # The place is given back with the last token, even if its reader has stopped reading.
+        sequence.latest = LatestOutput(lambda: self._admission.release(sequence))
         tokens = len(sequence.input_ids) + sequence.max_new_tokens
         # One block more: the first may be shared with a sequence that begins alike.
         sequence.num_blocks = math.ceil(tokens / self._batch.block_size) + 1
         self._admission.enqueue(sequence)
 
-    async def _read(self, sequence: Sequence) -> AsyncGenerator[Chunk, None]:
-        """Hands the sequence to the model thread, and yields what comes back."""
-        latest = LatestOutput(self.timeout, lambda: self._admission.release(sequence))
-        sequence.latest = latest
-        with closing(latest):
-            batch = self._add_to_batch(sequence)
-            detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.anchor)
-            try:
-                while sequence.stats.finish_reason is None:
-                    yield self._chunk(sequence, await latest.next(), detokenizer)
-            except TimeoutError as error:
-                message = f"the answer took more than {self.timeout:g} s"
-                raise EngineError(message, "timeout") from error
-            finally:
-                batch.remove(sequence)
+    # 3. What the admission queue calls
 
-    def _add_to_batch(self, sequence: Sequence) -> Batch:
-        """The batch that has taken the sequence: a new one if the model thread has died."""
-        for _ in range(2):
-            self._keep_running()
-            assert self._batch is not None
-            if self._batch.add(sequence):
-                return self._batch
-        raise EngineError("the model is not able to answer now")
+    def _join_batch(self, sequence: Sequence) -> None:
+        """Hands it to the model thread: to a new one if that has died."""
+        if self.timeout:
+            sequence.latest.limit_time(self.timeout)
+        try:
+            for _ in range(2):
+                self._keep_running()
+                assert self._batch is not None
+                if self._batch.add(sequence):
+                    sequence.batch = self._batch
+                    return
+            raise EngineError("the model is not able to answer now")
+        except EngineError as error:
+            sequence.latest.fail(error)
+
+    def _leave_batch(self, sequence: Sequence) -> None:
+        if sequence.batch is not None:
+            sequence.batch.remove(sequence)
+            sequence.batch = None
+
+    # 4. From tokens to text
 
     def _chunk(self, sequence: Sequence, output: Output, detokenizer: Detokenizer) -> Chunk:
         """The answer so far, told by `output`. Raises EngineError if it failed."""

@@ -6,9 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from chatglm.errors import EngineError
 from chatglm.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from chatglm.engine.batch import Batch
 
 MIN_INTERVAL = 0.04  # seconds between two chunks of an answer: 25 a second look smooth
 FIRST_TOKENS_UNTHROTTLED = 8  # these are passed on as they come
@@ -47,11 +51,15 @@ class Sequence:
 
     # Set when the engine takes the request.
     request_id: str = field(default="", init=False)
+    client: str = field(default="", init=False)  # who asks: places are shared out by client
     num_blocks: int = field(default=0, init=False)  # of the KV cache, at most
-    admitted: asyncio.Future[None] = field(init=False)  # done when it may run
-    released: bool = field(default=False, init=False)  # its place is free again
     latest: LatestOutput = field(init=False)
     stats: RequestStats = field(init=False)
+
+    # Set while it runs.
+    batch: Batch | None = field(default=None, init=False)
+    batch_id: str = field(default="", init=False)  # its name there, a new one after each pause
+    resumed_ids: list[int] = field(default_factory=list, init=False)  # tokens made before a pause
 
 
 class LatestOutput:
@@ -64,16 +72,27 @@ class LatestOutput:
 
     _throttle: asyncio.TimerHandle | None = None  # runs out when the next chunk may leave
 
-    def __init__(self, timeout: float | None, on_finished: Callable[[], None]) -> None:
+    def __init__(self, on_finished: Callable[[], None]) -> None:
         self.loop = asyncio.get_running_loop()
         self._output: Output | None = None
-        self._on_finished, self._arrived, self._timed_out = on_finished, asyncio.Event(), False
-        # One timer per sequence: asyncio.timeout() around each wait would cost as much as the wait.
-        self._timer = self.loop.call_later(timeout, self._expire) if timeout else None
+        self._failure: EngineError | None = None
+        self._on_finished, self._arrived = on_finished, asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def is_finished(self) -> bool:
         return self._output is not None and self._output.is_finished
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [] if self._output is None else self._output.token_ids
+
+    def limit_time(self, seconds: float) -> None:
+        """The answer fails after so many seconds. Calling it again changes nothing."""
+        if self._timer is None:
+            # One timer per sequence: asyncio.timeout() around each wait costs as much as the wait.
+            error = EngineError(f"the answer took more than {seconds:g} s", "timeout")
+            self._timer = self.loop.call_later(seconds, self.fail, error)
 
     def set(self, output: Output) -> bool:
         """Called by the model thread, once a step. True if `notify` must be called on the loop."""
@@ -89,13 +108,19 @@ class LatestOutput:
             self._on_finished()  # now, because the reader may have stopped reading
         self._arrived.set()
 
+    def fail(self, error: EngineError) -> None:
+        """Called on the loop, when there will be no more output."""
+        self._failure = error
+        self._arrived.set()
+
     async def next(self) -> Output:
-        """The next output that the reader has not seen. Raises TimeoutError when time is up."""
+        """The next output that the reader has not seen. Raises EngineError if it failed."""
         await self._arrived.wait()
         self._arrived.clear()
         output = self._output
-        if output is None or (self._timed_out and not output.is_finished):
-            raise TimeoutError
+        if self._failure is not None and not self.is_finished:
+            raise self._failure
+        assert output is not None
         if not output.is_finished and len(output.token_ids) > FIRST_TOKENS_UNTHROTTLED:
             self._throttle = self.loop.call_later(MIN_INTERVAL, self._end_throttle, output)
         return output
@@ -109,10 +134,6 @@ class LatestOutput:
         self._throttle = None
         if self._output is not seen:
             self._arrived.set()
-
-    def _expire(self) -> None:
-        self._timed_out = True
-        self._arrived.set()
 
 
 class RequestStats:

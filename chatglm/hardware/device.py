@@ -6,6 +6,7 @@ import psutil
 import torch
 
 GIB = 2**30
+DEVICES = "auto, cuda, cuda:1, mps, cpu"
 
 
 def pick_device(name: str) -> torch.device:
@@ -14,7 +15,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device {name!a} is none of auto, cuda, cuda:1, mps, cpu") from error
+        raise ValueError(f"device must be one of {DEVICES}, not {name!a}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device cuda: torch sees no NVIDIA GPU. Without one use --device cpu; "
@@ -27,7 +28,7 @@ def pick_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device mps: this machine or torch has no Apple GPU; use --device cpu")
     if device.type not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"device {name!a} is none of auto, cuda, cuda:1, mps, cpu")
+        raise ValueError(f"device must be one of {DEVICES}, not {name!a}")
     return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
@@ -36,7 +37,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name in dtypes:
         return dtypes[name]
     if name != "auto":
-        raise ValueError(f"dtype {name!a} is none of auto, {', '.join(dtypes)}")
+        raise ValueError(f"dtype must be one of auto, {', '.join(dtypes)}, not {name!a}")
     if device.type == "cuda":  # emulated bfloat16 does not count
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16

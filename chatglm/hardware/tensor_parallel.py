@@ -1,9 +1,9 @@
 """`--devices`: one network on several GPUs of a machine, by transformers' tensor parallelism.
 
-Each GPU has a process, with its share of the large matrices. The first is the one that was
-started; it starts the others (`run_worker`), and its continuous batching tells theirs
-what was asked, so that all take the same steps. device_map="auto" would not do: the paged cache
-lies on one device.
+Each GPU has a process, which holds its share of the large matrices. Rank 0 is the process that was
+started. It starts the others (`run_worker`), and its continuous batching sends every request to
+theirs, so that all take the same steps. device_map="auto" cannot do this: the paged KV cache lies
+on one device.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import torch
 
-RANK = "RANK"  # torch's name for the number of a process, from 0
+RANK = "RANK"  # torch's environment variable for the number of a process, from 0
 
 
 def check_devices(count: int, name: str, device: torch.device, quantize: str | None) -> None:
-    """Raises ValueError for what `count` devices cannot be combined with. `name` is what was asked
-    for, `device` what that is here."""
+    """Raises ValueError for settings that `count` devices cannot be combined with. `name` is what
+    the user asked for, `device` is what that name resolved to."""
     if count > 1 and torch.distributed.is_initialized():
         raise ValueError("devices: this process has a network on several GPUs already")
     if count == 1 or RANK in os.environ:
@@ -39,7 +40,7 @@ def check_devices(count: int, name: str, device: torch.device, quantize: str | N
         )
     gpus = torch.cuda.device_count()
     if name == "cpu" and not gpus:
-        return  # slower than one process, but it shows how the processes work together
+        return  # slower than one process, but it can be tried without a GPU
     if device.type != "cuda":
         raise ValueError(
             f"devices {count} needs {count} NVIDIA GPUs, and device {name} is {device.type} here"
@@ -58,7 +59,7 @@ def check_devices(count: int, name: str, device: torch.device, quantize: str | N
 
 
 def check_divisible(model, count: int) -> None:
-    """Raises ValueError if the network cannot be divided. `model` needs to have shapes only."""
+    """Raises ValueError if the network cannot be divided. `model` may be on the meta device."""
     plan, config = model.tp_plan, model.config
     fields = ["intermediate_size", "vocab_size"]
     if any(name.endswith("k_proj") for name in plan):
@@ -73,12 +74,12 @@ def check_divisible(model, count: int) -> None:
 
 
 def is_sharded(model, name: str) -> bool:
-    """Whether each device has only a part of the parameter."""
+    """Whether each device holds only a part of the parameter."""
     return re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0] in model.tp_plan
 
 
 def launch(count: int, device: torch.device, settings: dict) -> None:
-    """Starts the other processes, each to load with `settings`. In one of them it does nothing."""
+    """Starts the other processes, which load with `settings`. In one of these it does nothing."""
     if RANK in os.environ:
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -92,7 +93,7 @@ def launch(count: int, device: torch.device, settings: dict) -> None:
         RANK="0",
     )
     for rank in range(1, count):
-        # Of its own session, so that Ctrl-C reaches the first alone.
+        # In its own session, so that Ctrl-C reaches only rank 0.
         process = subprocess.Popen(
             [sys.executable, "-m", "chatglm.hardware.tensor_parallel"],
             stdin=subprocess.PIPE,
@@ -101,6 +102,7 @@ def launch(count: int, device: torch.device, settings: dict) -> None:
             start_new_session=True,
         )
         name = f"cuda:{rank}" if device.type == "cuda" else "cpu"
+        assert process.stdin is not None
         process.stdin.write(json.dumps({**settings, "device": name, "devices": count}) + "\n")
         process.stdin.flush()
         atexit.register(process.kill)
@@ -108,28 +110,28 @@ def launch(count: int, device: torch.device, settings: dict) -> None:
 
 
 def exit_with(process: subprocess.Popen) -> None:
-    """Ends this process if another does, whose share of the network is lost."""
+    """Ends this process when another ends, because its share of the network is lost."""
     process.wait()
     print(f"a process of --devices has ended, status {process.returncode}", file=sys.stderr)
     os._exit(1)
 
 
-def broadcast_from_rank0(*values):
-    """What the first process says the values are."""
+def broadcast_from_rank0(*values: Any) -> list[Any]:
+    """The values that the first process passed, in every process."""
+    shared = list(values)
     if torch.distributed.is_initialized():
-        values = list(values)
-        torch.distributed.broadcast_object_list(values, src=0)
-    return values
+        torch.distributed.broadcast_object_list(shared, src=0)
+    return shared
 
 
 def run_worker() -> None:
-    """The life of a process other than the first: to load, and to take the engine's steps."""
+    """Every process but rank 0: loads its share, then takes the same steps as rank 0."""
     import chatglm
 
     settings = json.loads(sys.stdin.readline())
 
     def leave() -> None:
-        sys.stdin.read()  # to its end, which comes when the first process ends, however it does
+        sys.stdin.read()  # reaches EOF when rank 0 exits, for any reason
         os._exit(0)
 
     threading.Thread(target=leave, daemon=True).start()

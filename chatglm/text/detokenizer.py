@@ -1,11 +1,11 @@
-"""Token ids to text while they come, whole characters only."""
+"""Token ids to text while they arrive, in whole characters only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-REPLACEMENT = "\ufffd"  # what decoders put for bytes that are not, or not yet, a character
-CUT_AFTER = 16  # ids held back before a run of broken bytes is cut
+REPLACEMENT = "\ufffd"  # decoders put it for bytes that are not, or not yet, a character
+CUT_AFTER = 16  # ids; a longer run of broken bytes is split, or decoding it would take ever longer
 
 
 class Detokenizer:
@@ -25,25 +25,25 @@ class Detokenizer:
         self._anchor = anchor
         self._anchor_text = decode([anchor])
         self._settled = ""
-        self._ids: list[int] = []  # behind what is settled
+        self._ids: list[int] = []  # after the settled text
         self.text = ""
 
     def push(self, ids: list[int]) -> None:
         self._ids += ids
         tail = self._tail(self._ids)
-        # Bytes of a character still under way: three at most, so older broken ones stay broken.
+        # An unfinished character has three bytes at most, so older broken ones stay broken.
         held = min(3, len(tail) - len(tail.rstrip(REPLACEMENT)))
         self.text = self._settled + tail[: len(tail) - held]
         if tail and not held:
             self._settled, self._ids = self.text, []
             return
-        # Ids without text, such as special ones, would only pile up.
+        # Ids without text, such as special tokens, are dropped, or they would pile up.
         self._ids = [i for i in self._ids if self._decode([self._anchor, i]) != self._anchor_text]
         if tail and len(self._ids) > CUT_AFTER:
             self._cut(tail)
 
     def finish(self) -> str:
-        """The whole text, broken characters at its end included."""
+        """The whole text, including a broken character at its end."""
         self.text = self._settled + self._tail(self._ids)
         return self.text
 
@@ -53,7 +53,7 @@ class Detokenizer:
         return self._decode([self._anchor, *ids])[len(self._anchor_text) :]
 
     def _cut(self, tail: str) -> None:
-        """Settles all but the last few ids, where both sides decode as they did together."""
+        """Settles all but the last few ids, where both parts decode as they did together."""
         for at in range(len(self._ids) - 1, 0, -1):
             before = self._tail(self._ids[:at])
             rest = self._decode([self._anchor, *self._ids[at:]])[len(self._anchor_text) :]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from typing import Any
 
-from chatglm.errors import preview
+from chatglm.errors import InvalidField, preview
 
 INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode categories of spaces, controls, formats
 
+INDENTED = json.JSONEncoder(indent=4, ensure_ascii=False)
+
 # Which role may follow which; None is the beginning.
-FOLLOWS = {
+FOLLOWS: dict[str, set[str | None]] = {
     "system": {None},
     "user": {None, "system", "assistant"},
     "assistant": {"user", "observation"},
@@ -33,7 +36,8 @@ def to_messages(prompt: str, history: list | None = None, role: str = "user") ->
     if history is not None and not isinstance(history, (list, tuple)):
         raise ValueError(f"history must be a list, not {preview(history)}")
     messages: list[dict] = []
-    for i, turn in enumerate(history or []):
+    history = list(history or [])
+    for i, turn in enumerate(history):
         if isinstance(turn, dict) != isinstance(history[0], dict):
             raise ValueError(
                 f"history[{i}]: use one form throughout, [query, response] pairs or "
@@ -78,7 +82,7 @@ def check_message(turn: dict, where: str) -> dict:
 
 
 def check_order(messages: list[dict]) -> None:
-    before = None
+    before: str | None = None
     for i, role in enumerate(m["role"] for m in messages):
         if before not in FOLLOWS[role]:
             place = f"history[{i}]" if i + 1 < len(messages) else "prompt"
@@ -91,14 +95,33 @@ def check_order(messages: list[dict]) -> None:
 
 
 def check_text(text: str, where: str) -> None:
-    """Raises ValueError for half of a surrogate pair, which no encoding can say."""
+    """Raises ValueError for an unpaired surrogate: it cannot be encoded as UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where} holds half of a surrogate pair, which is no character: "
+            f"{where} contains an unpaired surrogate, which no encoding can express: "
             f"{preview(text[error.start])}"
         ) from error
+
+
+def count_characters(messages: list[dict], limit: int) -> int:
+    """Characters of all that the messages say, or some number over `limit`: counting stops there.
+
+    Tools are counted as the chat formats write them, indented: nested deeply, they grow with the
+    square of the depth. Raises InvalidField for tools that are nested too deeply to be written.
+    """
+    total = 0
+    for message in messages:
+        total += len(message["content"]) + len(message.get("metadata", ""))
+        try:
+            for piece in INDENTED.iterencode(message.get("tools", "")):
+                total += len(piece)
+                if total > limit:
+                    return total
+        except RecursionError:
+            raise InvalidField("tools", "are nested too deeply") from None
+    return total
 
 
 def extend_history(history: list | None, prompt: str, response: str, role: str = "user") -> list:

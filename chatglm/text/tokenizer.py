@@ -1,7 +1,6 @@
 """Text to token ids and back: the two published ChatGLM chat formats, and chat templates.
 
-Both tokenizers here have the same face, and nothing else in the project knows which one it holds:
-`encode`, `encode_chat`, `decode`, `visible`, and `stop_ids`, `anchor`, `chat_format`.
+The tokenizers share one interface, `Tokenizer`. Nothing else in the project knows which it holds.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from typing import Protocol
 
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,29 @@ from chatglm.text.tools import INTRODUCTION
 # After the SentencePiece pieces come these, in this order (published tokenization_chatglm.py).
 COMMON_SPECIALS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
 ROLE_SPECIALS = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]  # ChatGLM3 only
+
+
+class Tokenizer(Protocol):
+    """What the engine and `model.chat` need."""
+
+    chat_format: str
+    vocab_size: int
+    stop_ids: list[int]  # an answer ends at any of them
+    anchor: int  # an ordinary token, see Detokenizer
+    longest_token: int  # characters
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. A special token's name in it is text like any other."""
+
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        """The prompt up to where the model answers. Raises ValueError if the chat format has no
+        way to express the messages."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of any ids."""
+
+    def visible(self, raw: str, finished: bool) -> str:
+        """What a user sees of an answer so far. While it is not `finished`, it only grows."""
 
 
 class ChatGLMTokenizer:
@@ -36,6 +59,7 @@ class ChatGLMTokenizer:
         self._names = {i: name for name, i in self.specials.items()}
         self.vocab_size = first + len(names)
         self.anchor = self.sp.encode("a")[-1]  # an ordinary token, see Detokenizer
+        self.longest_token = max(len(self.sp.id_to_piece(i)) for i in range(first))
         self.stop_ids = [self.sp.eos_id()]
         if chat_format == "chatglm3":
             self.stop_ids += [self.specials["<|user|>"], self.specials["<|observation|>"]]
@@ -62,7 +86,7 @@ class ChatGLMTokenizer:
         role = self.specials.get(f"<|{message['role']}|>")
         if role is None:
             raise ValueError(
-                f"role {message['role']!a} is none of system, user, assistant, observation"
+                f"role must be one of system, user, assistant, observation, not {message['role']!a}"
             )
         content = message["content"]
         if message.get("tools"):
@@ -118,7 +142,7 @@ def chatglm2_prompt(messages: list[dict]) -> str:
             text += f"{content}\n\n"
         else:
             raise ValueError(
-                f"role {role!a} is none of system, user, assistant: "
+                f"role must be one of system, user, assistant, not {role!a}: "
                 "ChatGLM2 has no tools, so it takes no observation"
             )
     return text
@@ -137,6 +161,7 @@ class TemplateTokenizer:
         self.stop_ids = stop_ids
         self.vocab_size = len(tokenizer)
         self.anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
+        self.longest_token = max(map(len, tokenizer.get_vocab()))
         # What stands for a special token's name where a user wrote it, see `encode_chat`.
         names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._marks = {f"\ue000{n}\ue001": name for n, name in enumerate(names)}
@@ -198,15 +223,18 @@ class TemplateTokenizer:
         from jinja2 import TemplateError
 
         try:
-            return self.hf.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=False
+            return str(
+                self.hf.apply_chat_template(
+                    messages, tools=tools, add_generation_prompt=True, tokenize=False
+                )
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
     def decode(self, ids: list[int]) -> str:
         ids = [i for i in ids if 0 <= i < self.vocab_size]
-        return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
 
     def visible(self, raw: str, finished: bool) -> str:
         return raw.strip()

@@ -1,4 +1,4 @@
-"""Tools: how they are declared to a model, and how a call is read from what it wrote.
+"""Tools: how they are declared to a model, and how a call is read from its answer.
 
 What a model wrote is parsed and never run: the published ChatGLM3 code passes it to `eval()`, so
 that a prompt could make the server execute anything.
@@ -53,7 +53,7 @@ def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
 
     Two formats: ChatGLM3's, as above, and GLM-4's, the name and then the arguments as JSON.
     """
-    name, _, content = raw.partition("\n")  # an empty first line begins an answer in words
+    name, _, content = raw.partition("\n")  # an answer in words begins with an empty line
     name, content = name.strip(), content.strip()
     if name not in names:
         return None
@@ -62,7 +62,13 @@ def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
         if not isinstance(arguments, dict):
             return None
         return ToolCall(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # what ast raises
+    except (
+        ValueError,
+        TypeError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+    ):  # ast raises any of these
         return None
 
 
@@ -84,7 +90,7 @@ def parse_python(block: str) -> dict:
 
 
 def may_be_call(raw: str, names: Collection[str]) -> bool:
-    """Whether an answer may still become a call, as far as it has come."""
+    """Whether the beginning of an answer may still become a call."""
     name, newline, content = raw.partition("\n")
     if not newline:
         return any(known.startswith(name) for known in names)

@@ -1,4 +1,4 @@
-"""From conversations to what a network is trained on: token ids, in batches."""
+"""Training conversations as batches of token ids."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from chatglm.text.tokenizer import ChatGLMTokenizer
 from chatglm.tiny.corpus import Corpus
 
 PIECES = 3600  # SentencePiece vocabulary; the special tokens come after it
-BLANK = 0.05  # how many pieces of a question are blanked out, so that no single one decides
-CUT = 0.2  # how many are cut in two, so that other spellings are no surprise
-TOOLLESS = 0.03  # how often a question needs a tool where there is none
-DECIDES = 10.0  # how much a token counts that decides for a tool, or between + - * /
-TOKENS = 5000  # at most in a batch, or one conversation
+UNK_PIECE = 0.05  # share of a question's pieces that become <unk>, so that no single one decides
+SPLIT_PIECE = 0.2  # share that is split in two, as in BPE dropout, so that misspellings are known
+TOOLLESS = 0.03  # share of questions that need a tool where none is declared
+DECISION_WEIGHT = 10.0  # of the loss of a token that chooses a tool, or between + - * /
+TOKENS = 5000  # at most in a batch, unless one conversation has more
 
 
 @dataclass
 class Batch:
-    """A kind of batch: what it holds, and how often it comes up."""
+    """One kind of batch: the conversations in it, and how often it is drawn."""
 
     rows: int  # conversations at most
-    share: float  # how often, among the kinds
-    follow_up: float = 0.0  # how often an exchange is one that refers to the exchange before
+    share: float  # how often it is drawn, among the kinds
+    follow_up: float = 0.0  # share of exchanges that refer to the exchange before
     declared: int = 0  # tools at most
-    tools: float = 0.0  # how often a question is for a tool; if none is declared, that
-    # one is to be called is given, and the call is learned
-    calls: bool = False  # such a question ends with the call
-    length: int = 0  # a conversation grows until it has so many tokens
-    cut: int | None = None  # tokens of the last answer that are learned, where it is longer
+    # Share of questions for a tool. Where no tool is declared, the model is not taught to choose
+    # one: the tool's name is given, and only its arguments are learned.
+    tools: float = 0.0
+    calls: bool = False  # the conversation ends with the call, before the result
+    length: int = 0  # exchanges are added until the conversation has this many tokens
+    cut: int | None = None  # of a longer last answer, only the first `cut` tokens are learned
 
 
 def train_tokenizer(texts: list[str]) -> bytes:
     """A SentencePiece model as published: BPE with byte fallback.
 
-    Its text is left as it is: the default normalisation would turn ，！； into ASCII. Emoji are not
-    in the vocabulary, so they take four byte pieces, as in the published one. A space and what
-    follows it are one piece only if that is a small letter: names are spelled alike everywhere,
-    after a space or a quotation mark, or the model could not copy them into a call.
+    Text is not normalised: the default would turn ，！； into ASCII. Emoji are not in the
+    vocabulary, so they take four byte pieces, as in the published one. A space joins the next
+    piece only before a small letter. So a name has the same pieces after a space as after a
+    quotation mark, and the model can copy it into a call.
     """
     model = io.BytesIO()
     lines = [
@@ -73,10 +74,12 @@ def train_tokenizer(texts: list[str]) -> bytes:
 def encode(
     tokenizer: ChatGLMTokenizer, messages: list[dict], draw: random.Random, cut: int | None = None
 ) -> tuple[list, list]:
-    """Ids of a conversation, and for each how much it counts that the model learns to say it: 0
-    but for answers, and <|user|> as their end; 0 too for which tool is called where that is
-    "given". Questions are spelled in another way each time (as in BPE dropout), but for what is
-    "exact" in them."""
+    """Ids of a conversation, and the weight of each in the loss.
+
+    Only answers have a weight, with the <|user|> that ends them. The name of a tool that is
+    "given" has none. Questions are split into other pieces each time (as in BPE dropout), except
+    for the part of them that is "exact".
+    """
     ids = [tokenizer.specials["[gMASK]"], tokenizer.specials["sop"]]
     counts = [0.0, 0.0]
     operators = tokenizer.sp.piece_to_id(list("+-*/"))
@@ -90,12 +93,12 @@ def encode(
         count = [float(ends)] + [float(answers)] * (len(new) - 1)
         if answers:
             head = len(tokenizer.encode_message({**message, "content": ""}))
-            count[1:head] = [DECIDES] * (head - 1)  # the name of a tool, or none
+            count[1:head] = [DECISION_WEIGHT] * (head - 1)  # the name of a tool, or none
         if "given" in message:
             count[1] = 0.0
         if "metadata" in message:
             count = [
-                DECIDES if token in operators else one
+                DECISION_WEIGHT if token in operators else one
                 for token, one in zip(new, count, strict=True)
             ]
         ids, counts = ids + new, counts + count
@@ -106,22 +109,22 @@ def encode(
 
 
 def spell(tokenizer: ChatGLMTokenizer, text: str, exact: str, draw: random.Random) -> list[int]:
-    """Ids of the text, some pieces cut in two or blanked out, but none that is in `exact`."""
+    """Ids of the text. Some pieces are split or become <unk>, but none that is in `exact`."""
     ids, sp = [], tokenizer.sp
     for piece in sp.encode(text, out_type=str):
         if piece.strip("▁") in exact:
             ids.append(sp.piece_to_id(piece))
             continue
-        at = draw.randrange(1, len(piece)) if len(piece) > 1 and draw.random() < CUT else 0
+        at = draw.randrange(1, len(piece)) if len(piece) > 1 and draw.random() < SPLIT_PIECE else 0
         parts = [sp.piece_to_id(part) for part in (piece[:at], piece[at:]) if part]
         if sp.unk_id() in parts:
             parts = [sp.piece_to_id(piece)]
-        ids += [0 if draw.random() < BLANK else part for part in parts]
+        ids += [0 if draw.random() < UNK_PIECE else part for part in parts]
     return ids
 
 
 def conversation(corpus: Corpus, tokenizer: ChatGLMTokenizer, kind: Batch) -> tuple[list, list]:
-    """Ids of one conversation of that kind, and how much each counts."""
+    """Ids of one conversation of that kind, and the weight of each in the loss."""
     plain = not (kind.declared or kind.follow_up)
     messages, tools = ([], []) if plain else corpus.beginning(kind.declared)
     ids: list[int] = []
@@ -137,9 +140,9 @@ def conversation(corpus: Corpus, tokenizer: ChatGLMTokenizer, kind: Batch) -> tu
 def batches(
     corpus: Corpus, tokenizer: ChatGLMTokenizer, kinds: list[Batch]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Without end: input ids [rows, length], padded on the right, and how much each counts.
+    """Endless: input ids [rows, length], padded on the right, and their weights in the loss.
 
-    Conversations of one length come together, or half of the work would be padding.
+    Conversations of similar length share a batch, or half of the work would be padding.
     """
     ready: list[list] = [[] for _ in kinds]
     while True:
@@ -149,7 +152,9 @@ def batches(
                 (conversation(corpus, tokenizer, kinds[i]) for _ in range(8 * kinds[i].rows)),
                 key=lambda pair: len(pair[0]),
             )
-            while drawn:  # the longest first, and fewer of them: one could take as long as ten
+            while (
+                drawn
+            ):  # the longest first, with fewer rows: one may take as long as ten short ones
                 rows = min(kinds[i].rows, max(1, TOKENS // len(drawn[-1][0])))
                 ready[i].append(drawn[-rows:])
                 del drawn[-rows:]

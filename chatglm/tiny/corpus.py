@@ -1,7 +1,7 @@
-"""What the tiny ChatGLM is trained on: conversations, drawn from `corpus.jsonl` without end.
+"""Endless training conversations for the tiny ChatGLM, drawn from `corpus.jsonl`.
 
 A line of it is {"messages": [...]}. Where a user's `content` is a list, its entries are wordings
-of one question, and wherever a conversation uses the first of them, any of them may stand. Lines
+of one question: wherever a conversation uses the first of them, any of them may be drawn. Lines
 with "tool" or "slot" are explained in `tool_rounds.py`.
 """
 
@@ -15,9 +15,9 @@ from chatglm.text.tools import declare
 from chatglm.tiny.tool_rounds import Tool, ToolRounds
 
 SYSTEM = 0.1  # how often a conversation opens with a system message
-LONG = 250  # characters; answers that are longer come up three times as often
-AGAIN = 0.4  # how often a turn that refers to the one before is followed by another such turn
-OTHER = 0.15  # how often "shorter" and "for example" are asked for in the other language
+LONG = 250  # characters; longer answers are drawn three times as often
+AGAIN = 0.4  # how often a follow-up is followed by another
+OTHER = 0.15  # how often "shorter" and "for example" are asked in the other language
 
 # Questions that refer to the answer before: after a Chinese one, after an English one.
 TRANSLATE = ("用英文说", "Say that in Chinese")
@@ -31,7 +31,9 @@ class Corpus:
     def __init__(self, lines: list[dict], seed: int = 0) -> None:
         self.random = random.Random(seed)
         self.wordings: dict[str, list[str]] = {}
-        self.first, self.weights, self.systems = [], [], []
+        self.first: list[list[dict]] = []  # conversations of one exchange
+        self.weights: list[int] = []  # how often each of these is drawn
+        self.systems: list[str] = []
         self.follow_ups: dict[str, dict[str, str]] = {}  # answer -> question that refers to it
         for line in lines:
             if "tool" not in line and "slot" not in line:
@@ -59,11 +61,11 @@ class Corpus:
             self.follow_ups.setdefault(before, {})[question] = answer
 
     def _link(self) -> None:
-        """Turns after such turns, which no line spells out: the shorter answer or the example in
-        the other language, and an example after the shorter answer."""
+        """Adds follow-ups to follow-ups, which no line of the corpus has: the shorter answer or the
+        example in the other language, and an example after the shorter answer."""
         for answers in list(self.follow_ups.values()):
             for zh, en in (SHORTEN, EXAMPLE):
-                other = self.follow_ups.get(answers.get(TRANSLATE[0]), {})
+                other = self.follow_ups.get(answers.get(TRANSLATE[0], ""), {})
                 if zh in answers and en in other:
                     for text, question, translated in (
                         (answers[zh], TRANSLATE[0], other[en]),

@@ -1,4 +1,4 @@
-"""How good a checkpoint trained on the corpus is: questions that are in no line of it."""
+"""How good a checkpoint is: it is asked questions that are not in the corpus."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ async def answer(engine: chatglm.Engine, messages: list[dict], **settings) -> ch
 
 
 async def is_right(engine: chatglm.Engine, line: dict, tools: bool = False, **settings) -> bool:
-    """Whether a held-out question gets its answer, character for character; where a tool must be
-    called, whether that call comes, and from its result the answer."""
+    """Whether a held-out question gets its answer, character for character. For a question that
+    needs a tool: whether the call comes, and then the answer from its result."""
     messages = [{"role": "user", "content": line["question"]}]
     if tools:
         messages = declare(messages, TOOLS)
     chunk = await answer(engine, messages, **settings)
     if line["kind"] == "tool":
-        call = read_call(chunk.raw, [tool["name"] for tool in TOOLS])
+        call = read_call(chunk.raw, [str(tool["name"]) for tool in TOOLS])
         if (
             call is None
             or {"name": call.name, "arguments": json.loads(call.arguments)} != line["call"]

@@ -1,15 +1,15 @@
-"""Rounds of question, call, result and answer, with which the tiny ChatGLM learns to use tools.
+"""Training rounds with tools: question, call, result, answer.
 
 Three kinds of line in `corpus.jsonl` are about tools:
 
-- {"tool": "weather", "name": "get_weather", "descriptions": [...], "parameters": {...}}: how
-  people describe one and its parameters; where "tool" is null, one that is never asked for;
-- {"tool": "weather", "messages": [...], "undeclared": ...}: rounds with it, each `content` but the
-  answer's in several wordings, and what to say where it was not declared;
-- {"slot": "city_en", "values": [...]}: what {city} and other {slots} may be.
+- {"tool": "weather", "name": "get_weather", "descriptions": [...], "parameters": {...}} declares a
+  tool in several ways. If "tool" is null, no question asks for it.
+- {"tool": "weather", "messages": [...], "undeclared": ...} is a round. Each `content` but the
+  answer's has several wordings. "undeclared" is the answer where the tool was not declared.
+- {"slot": "city_en", "values": [...]} lists the values of {city} and other {slots}.
 
-Numbers, many of the cities and most of the results are made up anew each time: what stands in a
-call or is said after a result must be copied, not known.
+Numbers, many cities and most results are made up each time. So the model must copy them into a
+call or an answer; it cannot know them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-KNOWN = 0.6  # how often a city is one of those in the corpus
-MADE_UP = 0.6  # how often a result is one that no tool returns
-QUOTED = 0.4  # how often such a one, if it is no JSON, is a piece of an answer of the corpus
-ROUND = 0.3  # how often a number ends in zeros
-ALL = 0.6  # how often all tools with rounds are declared, where so many may be
-BRIEF = 0.4  # how often a tool is declared without its parameters
+KNOWN = 0.6  # share of cities that are in the corpus
+MADE_UP = 0.6  # share of results that no real tool would return
+QUOTED = 0.4  # share of these that are a piece of an answer of the corpus, if they are not JSON
+ROUND = 0.3  # share of numbers that end in zeros
+ALL = 0.6  # share of declarations with all tools that have rounds, if that many are allowed
+BRIEF = 0.4  # share of tools that are declared without parameters
 NUMBERS = {"n": (-20, 40), "h": (1, 12), "hh": (0, 23), "mm": (0, 59), "nn": (1, 28)}
 
 
@@ -47,15 +47,16 @@ class ToolRounds:
     ) -> None:
         self.random, self.reword = draw, reword
         self.answers = answers
-        self.latin = re.findall("[A-Za-z]+", " ".join(answers))  # the frequent ones most often
+        self.latin = re.findall(
+            "[A-Za-z]+", " ".join(answers)
+        )  # frequent words are drawn more often
         self.chinese = "".join(re.findall("[\u4e00-\u9fff]", "".join(answers)))
         self.slots = {line["slot"]: line["values"] for line in lines if "slot" in line}
         self.tools = [line for line in lines if "name" in line]
         self.rounds = [line for line in lines if "tool" in line and "messages" in line]
 
     def declare(self, most: int) -> list[Tool]:
-        """One to `most` tools, in any order; one at least is among those with rounds, and often
-        all of these are."""
+        """One to `most` tools, in any order. At least one of them has rounds."""
         useful = [line for line in self.tools if line["tool"]]
         if most > len(useful) and self.random.random() < ALL:
             lines = useful
@@ -67,7 +68,7 @@ class ToolRounds:
         return [Tool(line["tool"], self._declaration(line)) for line in lines]
 
     def _declaration(self, line: dict) -> dict:
-        """One of the many ways in which people declare a tool."""
+        """A declaration of the tool, in one of many ways."""
         draw = self.random
         short = {"name": line["name"], "description": draw.choice(line["descriptions"])}
         if draw.random() < BRIEF:
@@ -84,8 +85,8 @@ class ToolRounds:
         return {**short, "parameters": dict(schema)}
 
     def draw(self, tools: list[Tool], given: bool = False) -> list[dict]:
-        """A round, mostly with one of `tools`; else a question and that it cannot be answered.
-        Where it is `given` that one is called, with any tool."""
+        """A round, mostly with one of `tools`. A question for another tool is answered by saying
+        that it cannot be. With `given`, any tool is called, declared or not."""
         useful = {line["tool"] for line in self.rounds}
         kinds = useful & {tool.kind for tool in tools}
         if not kinds or self.random.random() < 0.1:

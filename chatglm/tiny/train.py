@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -33,25 +34,28 @@ HERE = Path(__file__).parent
 
 
 STEPS = 2750
-WARMUP_STEPS = 50  # the learning rates go up, stay, and from half of the steps on go down
+WARMUP_STEPS = 50  # the learning rates rise, stay, and fall in the second half
 MUON_RATE = 2e-2  # for the matrices inside the layers
 ADAM_RATE = 3e-3  # for everything else
-AS_ONE = 0.5  # share of the steps in which both ends of the network have the same matrix:
-# so it learns to copy from the context at once, not piece by piece
-AVERAGE = 0.998  # how much of the averaged weights each step keeps
+# Share of the steps in which input and output embeddings are tied. Then learning to copy from the
+# context works for all pieces at once, not piece by piece.
+TIED_FRACTION = 0.5
+AVERAGE = 0.998  # decay of the exponential moving average of the weights
 BATCHES = [
     Batch(72, 0.36, cut=14),  # to recognise a question
-    Batch(48, 0.13, follow_up=0.9, cut=20),  # one that needs the last
-    Batch(24, 0.12, follow_up=0.85),  # answers to their end
-    Batch(110, 0.09, tools=1.0, calls=True),  # with what a tool is called
-    Batch(48, 0.08, tools=1.0),  # what is said of its result
-    Batch(16, 0.08, declared=1, tools=0.7, length=240),  # whether to call one
-    Batch(7, 0.10, follow_up=0.15, declared=4, tools=0.7, length=650),  # which one
-    Batch(8, 0.03, follow_up=0.4, length=400),  # the last turn of many
+    Batch(48, 0.13, follow_up=0.9, cut=20),  # a question that refers to the answer before
+    Batch(24, 0.12, follow_up=0.85),  # whole answers
+    Batch(110, 0.09, tools=1.0, calls=True),  # the arguments of a call
+    Batch(48, 0.08, tools=1.0),  # an answer from a tool's result
+    Batch(16, 0.08, declared=1, tools=0.7, length=240),  # whether to call a tool
+    Batch(7, 0.10, follow_up=0.15, declared=4, tools=0.7, length=650),  # which tool to call
+    Batch(8, 0.03, follow_up=0.4, length=400),  # long conversations
     Batch(2, 0.02, follow_up=0.3, length=1600),
 ]
 
-CONFIG = {  # the fields of the published config.json of ChatGLM3-6B; the sizes are ours
+CONFIG: dict[
+    str, Any
+] = {  # the fields of the published config.json of ChatGLM3-6B; the sizes are ours
     "_name_or_path": "chatglm3-tiny",
     "model_type": "chatglm",
     "architectures": ["ChatGLMModel"],
@@ -103,8 +107,8 @@ PUBLISHED_NAMES = {  # behind "transformer."; what is fused into each
 
 
 def keep_memory() -> None:
-    """What one step frees is kept for the next, in huge pages: a third of the page faults. On
-    Linux with the GNU C library; elsewhere nothing happens."""
+    """Keeps freed memory for the next step, in huge pages: that saves two thirds of the page
+    faults. It works on Linux with the GNU C library; elsewhere nothing happens."""
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it when it first allocates
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if set_option:
@@ -114,20 +118,20 @@ def keep_memory() -> None:
 
 @torch.no_grad()
 def look_back(model: GlmForCausalLM, sharpness: float = 6.0) -> None:
-    """Two heads of the first layer begin by looking at the token before, and at the one before it.
+    """Makes two heads of the first layer look at the last token, and at the one before it.
 
     Copying from the context (the city into a call, a result into the answer) is built on such
     heads (Olsson et al. 2022, "In-context Learning and Induction Heads"), and they are slow to
     form. Biases of query and key make one: with rotary position embedding, their product depends
     on the distance only, and is greatest where the rotation makes up for the query's angle.
     """
-    config, attention = model.config, model.model.layers[0].self_attn
-    rotary = config.head_dim // 2
+    head_dim, attention = CONFIG["kv_channels"], model.model.layers[0].self_attn
+    rotary = head_dim // 2
     angles = ROPE_BASE ** (-torch.arange(0, rotary, 2) / rotary)[:8]  # the fastest
-    key = attention.k_proj.bias.view(-1, config.head_dim)[0]
+    key = attention.k_proj.bias.view(-1, head_dim)[0]
     key[0:16:2] = sharpness
     for head, distance in ((0, 1), (1, 2)):  # both share the first key
-        query = attention.q_proj.bias.view(-1, config.head_dim)[head]
+        query = attention.q_proj.bias.view(-1, head_dim)[head]
         query[0:16:2] = sharpness * torch.cos(distance * angles)
         query[1:16:2] = -sharpness * torch.sin(distance * angles)
 
@@ -139,7 +143,7 @@ def train(model: GlmForCausalLM, corpus: Corpus, tokenizer: ChatGLMTokenizer) ->
     # Muon for the matrices inside the layers learns in fewer steps than AdamW for everything.
     layers = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is q for q in layers)]
-    optimizers = [
+    optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(layers, lr=MUON_RATE, weight_decay=0.1, momentum=0.95),
         torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
     ]
@@ -159,7 +163,7 @@ def train(model: GlmForCausalLM, corpus: Corpus, tokenizer: ChatGLMTokenizer) ->
         # Rows are padded on the right and attention looks left only, so no mask is needed.
         learn = counts[:, 1:] > 0
         counts = counts[:, 1:][learn]
-        # The faster one of each length.
+        # Eager attention is faster for short rows.
         model.set_attn_implementation("eager" if input_ids.shape[1] < 500 else "sdpa")
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(input_ids[:, :-1], use_cache=False).last_hidden_state  # [B, L, H]
@@ -172,15 +176,19 @@ def train(model: GlmForCausalLM, corpus: Corpus, tokenizer: ChatGLMTokenizer) ->
             / counts.sum()
         )
         loss.backward()
-        if step < AS_ONE * STEPS:  # the same gradients keep them the same
+        if (
+            step < TIED_FRACTION * STEPS and output.grad is not None
+        ):  # equal gradients keep them tied
             output.grad.copy_(embedding.grad.add_(output.grad))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for each in (*optimizers, *schedules):
-            each.step()
+        for optimizer in optimizers:
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()
         model.zero_grad()
         average.update_parameters(model)
         bar.set_postfix(loss=f"{loss.item():.4f}")
-    return average.module
+    return average.module  # type: ignore[return-value]
 
 
 # 2. The published format
@@ -221,9 +229,9 @@ def save(model: GlmForCausalLM, tokenizer_model: bytes, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the tiny ChatGLM.")
-    parser.add_argument("--out", type=Path, default=HERE, help="default: the bundled one's place")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder (default: the bundled one)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--evaluate", action="store_true", help="only measure what lies in --out")
+    parser.add_argument("--evaluate", action="store_true", help="only measure the model in --out")
     parser.add_argument("--quantize", choices=["int8", "int4"], help="measure it quantised")
     args = parser.parse_args()
     if not args.evaluate:

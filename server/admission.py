@@ -1,0 +1,106 @@
+"""From a request to an answer under way: who may ask, what the body says, a place in the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncGenerator
+from typing import Annotated, Generic, NamedTuple, TypeVar
+
+from fastapi import Depends, HTTPException, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import chatglm
+from server.bodies import ChatBody
+from server.refusals import BadRequest
+
+UPLOAD_TIMEOUT = 60  # seconds for a body to arrive, so that a slow upload cannot hold a connection
+logger = logging.getLogger("chatglm")
+Body = TypeVar("Body", bound=ChatBody)
+
+
+class Admitted(NamedTuple, Generic[Body]):
+    """A request that has a place in the engine or is queued for one."""
+
+    body: Body
+    chunks: AsyncGenerator[chatglm.Chunk, None]  # of the answer; closing it cancels the request
+
+
+async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
+    """Reads, checks and queues a request. Raises HTTPException if it cannot be served, EngineError
+    if nothing can be served now; after that, the response may start."""
+    engine: chatglm.Engine = request.app.state.engine
+    try:
+        if request.method == "GET":
+            body = body_type.from_query(request.query_params)
+        else:
+            body = body_type.from_json(await read_body(request))
+        messages = body.to_messages()
+        # In a thread: tokenising a megabyte on the event loop would hold up every stream.
+        sequence = await asyncio.to_thread(
+            engine.prepare, messages, body.sampling_params(), body.forced_prefix()
+        )
+    except ValueError as error:
+        raise BadRequest(error) from error
+    if request.app.state.settings.log_prompts:
+        logger.info("prompt: %s", messages[-1]["content"])
+    return Admitted(body, await engine.submit(sequence))
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body. One that is too long is read to its end before it is refused: a client whose
+    connection breaks while it still sends never learns why."""
+    limit = request.app.state.settings.max_body
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(UPLOAD_TIMEOUT):
+            async for part in request.stream():
+                size += len(part)
+                if size <= limit:
+                    body += part
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the request body ended early") from error
+    except TimeoutError as error:
+        raise HTTPException(408, f"the body took more than {UPLOAD_TIMEOUT} s") from error
+    if size > limit:
+        raise HTTPException(413, f"the body has {size} bytes, over {limit}; send less history")
+    return bytes(body)
+
+
+async def require_api_key(
+    request: Request,
+    sent: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
+) -> None:
+    """Lets a request pass that sends one of the server's keys, if it has any."""
+    keys = request.app.state.settings.keys
+    given = sent.credentials.encode() if sent else b""
+    # Each is compared, in constant time: how long a refusal takes tells nothing about a key.
+    known = [hmac.compare_digest(given, key) for key in keys]
+    if keys and not any(known):
+        raise HTTPException(
+            401,
+            "send one of the server's keys as Authorization: Bearer …",
+            {"WWW-Authenticate": "Bearer"},
+        )
+
+
+AUTH = [Depends(require_api_key)]
+
+
+class AllowedOrigins:
+    """CORS: browsers let pages of the origins in the settings ask. Starlette's own middleware must
+    know them when it is built; under `uvicorn api:app` that is before there are settings."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        if scope["type"] == "http":
+            origins = scope["app"].state.settings.origins
+            app = CORSMiddleware(app, origins, allow_methods=["*"], allow_headers=["*"])
+        await app(scope, receive, send)

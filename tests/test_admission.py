@@ -1,0 +1,124 @@
+"""Who runs and who waits: places and the line are shared out by client."""
+
+import asyncio
+import random
+from contextlib import AsyncExitStack, aclosing
+from pathlib import Path
+
+import pytest
+
+import chatglm
+from chatglm import SamplingParams
+from chatglm.engine.admission import AdmissionQueue
+from chatglm.engine.sequence import LatestOutput, Output, Sequence
+from chatglm.text.messages import to_messages
+
+GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
+ENDLESS = SamplingParams(temperature=0, max_length=1000)  # of 你好, which this model never ends
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return chatglm.load(GOLDEN, device="cpu")
+
+
+def prepare(engine, seed, tokens):
+    params = SamplingParams(temperature=1, seed=seed, max_new_tokens=tokens)
+    return engine.prepare(to_messages("你好"), params)
+
+
+async def answer(engine, sequence, client=""):
+    async with aclosing(await engine.submit(sequence, client)) as chunks:
+        async for chunk in chunks:
+            pass
+    return chunk.raw
+
+
+def test_a_client_that_holds_every_place_gives_some_to_one_who_comes_later(loaded):
+    async def scenario():
+        with chatglm.Engine(*loaded, max_concurrency=4) as engine:
+            async with AsyncExitStack() as stack:
+                for _ in range(9):
+                    chunks = await engine.submit(engine.prepare(to_messages("你好"), ENDLESS), "a")
+                    await stack.enter_async_context(aclosing(chunks))
+                assert (engine.active, engine.waiting) == (4, 5)
+                assert await answer(engine, prepare(engine, seed=1, tokens=5), "b")
+                # b may come again, so a has half of the places for now.
+                assert (engine.active, engine.waiting) == (2, 7)
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_was_paused_goes_on_as_if_it_had_not_been(loaded):
+    async def alone(engine):
+        return [await answer(engine, prepare(engine, seed, 60)) for seed in range(6)]
+
+    async def interrupted(engine):
+        greedy = [
+            asyncio.create_task(answer(engine, prepare(engine, seed, 60), "a")) for seed in range(6)
+        ]
+        paused = 0
+        for number in range(20):
+            await answer(engine, prepare(engine, 1, 2), f"other {number % 3}")
+            paused += sum(bool(each.latest.token_ids) for each in engine._admission.waiting)
+        assert paused  # else nothing was tested
+        return [await task for task in greedy]
+
+    with chatglm.Engine(*loaded, max_concurrency=4) as engine:
+        expected = asyncio.run(alone(engine))
+        assert asyncio.run(interrupted(engine)) == expected
+
+
+def test_the_line_is_shared_too(loaded):
+    async def scenario():
+        with chatglm.Engine(*loaded, max_concurrency=1, max_waiting=4) as engine:
+            async with AsyncExitStack() as stack:
+
+                async def ask(client):
+                    chunks = await engine.submit(
+                        engine.prepare(to_messages("你好"), ENDLESS), client
+                    )
+                    await stack.enter_async_context(aclosing(chunks))
+
+                for _ in range(5):
+                    await ask("a")
+                with pytest.raises(chatglm.QueueFull, match="4 requests wait"):
+                    await ask("a")
+                await ask("b")
+                await ask("b")
+                with pytest.raises(chatglm.QueueFull):
+                    await ask("b")
+
+    asyncio.run(scenario())
+
+
+def some_sequence(draw, queue):
+    sequence = Sequence([1], 1, SamplingParams(seed=0))
+    sequence.client, sequence.num_blocks = draw.choice("aaaaabc"), draw.randrange(1, 60)
+    sequence.latest = LatestOutput(lambda: queue.release(sequence))
+    return sequence
+
+
+def test_whoever_comes_and_goes_nothing_is_lost_or_let_in_that_does_not_fit():
+    async def scenario(seed):
+        draw, joined, present = random.Random(seed), set(), []
+        queue = AdmissionQueue(6, 100, joined.add, joined.remove)
+        queue.num_blocks = 100
+        for _ in range(300):
+            if draw.random() < 0.5 and len(present) < 20:
+                present.append(some_sequence(draw, queue))
+                queue.enqueue(present[-1])
+            elif present:
+                sequence = present.pop(draw.randrange(len(present)))
+                if sequence in joined and draw.random() < 0.5:
+                    sequence.latest.set(Output([1], is_finished=True))
+                    sequence.latest.notify()
+                queue.release(sequence)
+                joined.discard(sequence)
+            assert set(queue.running) == joined
+            assert {*queue.running, *queue.waiting} == set(present)
+            assert len(queue.running) <= 6 and queue.reserved_blocks <= 100
+            assert queue.running or not queue.waiting
+
+    for seed in range(30):
+        asyncio.run(scenario(seed))

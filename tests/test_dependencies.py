@@ -1,0 +1,55 @@
+"""What the code imports is declared and pinned, and the README gives the reason for it."""
+
+import ast
+import itertools
+import re
+import sys
+from importlib.metadata import packages_distributions
+
+from tests.test_readme import README, ROOT, section, source_files
+
+QUANTIZE = "chatglm/checkpoint/requirements-quantize.txt"
+
+
+def declared(name: str) -> set[str]:
+    """Packages that a requirements file pins."""
+    return set(re.findall(r"^([\w-]+)(?:\[\w+\])?==", (ROOT / name).read_text("utf-8"), re.M))
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.lower())  # package names that differ so are the same
+
+
+def imported(name: str) -> set[str]:
+    """The modules outside the standard library and the project that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"api", "server", "chatglm"}
+
+
+def test_the_dependencies_are_those_the_readme_gives_reasons_for():
+    rows = re.findall(r"^\| ([^|`]+) \|", section("Dependencies"), re.MULTILINE)
+    given = {re.sub(r"\[.*", "", name) for row in rows for name in row.split(", ")} - {"package"}
+    files = itertools.chain(
+        *(ROOT.glob(f"{place}requirements*.txt") for place in ("", "*/", "chatglm/*/"))
+    )
+    assert given == set().union(*(declared(file.relative_to(ROOT)) for file in files))
+
+
+def test_what_the_code_imports_is_declared_and_pinned():
+    owners = packages_distributions()
+    pinned = {plain(name) for name in declared("requirements.txt")}
+    for name in source_files():
+        quantize = declared(QUANTIZE) if name == "chatglm/checkpoint/quantize.py" else set()
+        for module in imported(name):
+            packages = {plain(owner) for owner in owners.get(module, [])}
+            assert packages & (pinned | quantize), f"{name} imports {module}"
+
+
+def test_the_least_version_of_python_is_the_one_the_code_is_checked_for():
+    assert 'target-version = "py311"' in (ROOT / ".ruff.toml").read_text("utf-8")
+    assert "Python 3.11 or newer" in README and "Python 3.11 或更新" in README

@@ -1,0 +1,220 @@
+"""The private parts of other libraries that this project relies on, one assertion each.
+
+    pytest tests/test_seam.py
+
+Run this first after an upgrade. Each failure says what changed, and which file must follow.
+"""
+
+import asyncio
+import inspect
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GlmForCausalLM
+from transformers.generation.continuous_batching import requests
+from transformers.generation.continuous_batching.cache_allocators import SLIDING_ATTENTION
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessorList as Processors,
+)
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    OutputRouter,
+)
+
+import chatglm
+from chatglm.engine.batch import SamplerProcessor, cache_config
+from chatglm.text.messages import to_messages
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "chatglm3"
+BATCH, ATTENTION = "chatglm/engine/batch.py", "chatglm/engine/cpu_attention.py"
+CONVERSION = "chatglm/checkpoint/conversion.py"
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """What the library shows while an engine answers: objects, and the arguments of the steps."""
+    tokenizer, model = chatglm.load(GOLDEN, device="cpu")
+    steps, states = [], []
+    prepare = SamplerProcessor.prepare_tensor_args
+
+    def watch(self, requests_in_batch, arg_storage):
+        states.extend(requests_in_batch)
+        return prepare(self, requests_in_batch, arg_storage)
+
+    async def ask(engine):
+        settings = {"max_new_tokens": 4, "repetition_penalty": 1.1}
+        async for _ in engine.generate(to_messages("你好"), **settings):
+            pass
+
+    SamplerProcessor.prepare_tensor_args = watch
+    model.register_forward_pre_hook(lambda _, args, step: steps.append(step), with_kwargs=True)
+    try:
+        with chatglm.Engine(tokenizer, model) as engine:
+            asyncio.run(ask(engine))
+            manager = engine._batch._manager
+            cache = manager.batch_processor.cache
+            yield SimpleNamespace(
+                model=model,
+                manager=manager,
+                cache=cache,
+                allocator=cache.layer_to_allocator[0],
+                prefill=steps[0],
+                decode=steps[-1],
+                request=states[-1],
+            )
+    finally:
+        SamplerProcessor.prepare_tensor_args = prepare
+
+
+def arguments(function):
+    return list(inspect.signature(function).parameters)
+
+
+# What must hold, the file that relies on it, and how to see it: with a running engine or without.
+PARTS = {
+    "the manager keeps the output router that it was given": (
+        BATCH,
+        lambda seen: type(seen.manager.batch_processor.output_router).__name__ == "SequenceRouter",
+    ),
+    "an output router delivers one output or a list": (
+        BATCH,
+        lambda: (
+            arguments(OutputRouter.deliver) == ["self", "output"]
+            and arguments(OutputRouter.deliver_batch) == ["self", "outputs"]
+        ),
+    ),
+    "an output has an id, tokens, log-probabilities, an error and is_finished()": (
+        BATCH,
+        lambda: (
+            {"request_id", "generated_tokens", "logprobs", "error"}
+            <= set(requests.GenerationOutput.__dataclass_fields__)
+            and callable(requests.GenerationOutput.is_finished)
+        ),
+    ),
+    "the manager keeps the logits processor that it was given": (
+        BATCH,
+        lambda seen: type(seen.manager.batch_processor.logit_processor) is SamplerProcessor,
+    ),
+    "a logits processor tells its settings, its rows, and whether it does anything": (
+        BATCH,
+        lambda: (
+            {"supported_keys", "ignored_keys", "tensors_required", "do_processing"}
+            <= set(vars(SamplerProcessor(4, 1, torch.device("cpu"))))
+        ),
+    ),
+    "a logits processor is called with the ids, the scores and its rows": (
+        BATCH,
+        lambda: len(arguments(Processors.__call__)) == len(arguments(SamplerProcessor.__call__)),
+    ),
+    "a logits processor fills its rows by these methods": (
+        BATCH,
+        lambda: (
+            arguments(Processors.fill_defaults) == ["self", "int32_tensor"]
+            and arguments(Processors.prepare_tensor_args)
+            == ["self", "requests_in_batch", "arg_storage"]
+        ),
+    ),
+    "a request in a step tells its state and whether it gets a token": (
+        BATCH,
+        lambda seen: hasattr(seen.request, "state") and hasattr(seen.request, "has_new_token"),
+    ),
+    "a request's state has its settings, its prompt, its answer and its position": (
+        BATCH,
+        lambda seen: (
+            isinstance(seen.request.state.logit_processor_kwargs["temperature"], float)
+            and isinstance(seen.request.state.initial_tokens, list)
+            and isinstance(seen.request.state.generated_tokens, list)
+            and isinstance(seen.request.state.position_offset, int)
+        ),
+    ),
+    "the manager has the configuration with the block size": (
+        BATCH,
+        lambda seen: (
+            seen.manager.continuous_batching_config.page_size == seen.allocator.tokens_per_page
+        ),
+    ),
+    "the manager's cache tells how many blocks it has": (
+        BATCH,
+        lambda seen: seen.cache.num_blocks > 1,
+    ),
+    "the manager tells whether its thread takes requests": (
+        BATCH,
+        lambda seen: seen.manager.background_thread_status.can_accept_new_requests() is None,
+    ),
+    "the manager adds and cancels requests by their id": (
+        BATCH,
+        lambda: (
+            "request_id" in arguments(ContinuousBatchingManager.add_request)
+            and arguments(ContinuousBatchingManager.cancel_request)[1] == "request_id"
+        ),
+    ),
+    "the configuration takes what we set": (
+        BATCH,
+        lambda seen: cache_config(seen.model, 2).max_requests_per_batch == 2,
+    ),
+    "a step passes cumulative lengths: a tensor for queries, one per layer type for keys": (
+        ATTENTION,
+        lambda seen: (
+            seen.prefill["cu_seq_lens_q"].tolist()[0] == 0
+            and seen.allocator.layer_type in seen.prefill["cu_seq_lens_k"]
+        ),
+    ),
+    "a prefill passes read and write indices per allocator": (
+        ATTENTION,
+        lambda seen: (
+            seen.prefill["block_table"] is None
+            and len(seen.prefill["write_index"][seen.allocator.index])
+            == seen.prefill["input_ids"].shape[1]
+            and len(seen.prefill["read_index"]) == len(seen.prefill["write_index"])
+        ),
+    ),
+    "a decode passes a block table per allocator": (
+        ATTENTION,
+        lambda seen: seen.decode["block_table"][seen.allocator.index].dim() == 2,
+    ),
+    "a step passes its cache": (ATTENTION, lambda seen: seen.decode["cache"] is seen.cache),
+    "an allocator has blocks of tokens, [blocks, tokens, heads, d]": (
+        ATTENTION,
+        lambda seen: (
+            seen.allocator.get_cache_for_block_table(0)[0].shape[1]
+            == seen.allocator.tokens_per_page
+        ),
+    ),
+    "layers with a sliding window have a type of their own": (
+        ATTENTION,
+        lambda: SLIDING_ATTENTION == "sliding_attention",
+    ),
+    "the library asks forward's signature for logits_to_keep": (
+        "chatglm/engine/cpu_glm.py",
+        lambda seen: "logits_to_keep" in arguments(seen.model.forward),
+    ),
+    "a step of the engine is told from others by its cache": (
+        "chatglm/engine/cpu_glm.py",
+        lambda: "cache" not in arguments(GlmForCausalLM.forward),
+    ),
+    "weights are renamed by a table that belongs to the class of this name": (
+        CONVERSION,
+        lambda seen: type(seen.model).__name__ == "ChatGLMForConditionalGeneration",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_transformers_still_has_this_part(request, part):
+    file, holds = PARTS[part]
+    found = holds(request.getfixturevalue("seen")) if arguments(holds) else holds()
+    assert found, f"transformers changed: no longer true that {part}; see {file}"
+
+
+def test_only_two_files_know_the_inside_of_continuous_batching():
+    inside = re.compile("transformers.generation.continuous_batching")
+    files = [ROOT / "api.py", ROOT / "client.py"]
+    files += [file for name in ("chatglm", "server") for file in (ROOT / name).rglob("*.py")]
+    known = {
+        str(file.relative_to(ROOT)) for file in files if inside.search(file.read_text("utf-8"))
+    }
+    assert {Path(name).as_posix() for name in known} == {BATCH, ATTENTION}
