@@ -28,7 +28,7 @@ class Readable(Protocol):
 
 
 class Computed:
-    """A tensor that is made when it is read. Nothing is kept of it here."""
+    """A float32 tensor that is made when it is read. Nothing is kept of it here."""
 
     def __init__(self, shape: list[int], compute: Callable[[], torch.Tensor]) -> None:
         self._shape, self._compute = shape, compute
@@ -51,9 +51,11 @@ def shape_of(tensor: torch.Tensor | Readable) -> list[int]:
 
 
 def stored_dtype(tensors: Tensors) -> torch.dtype:
-    """The type that the tensors of the files have, if it is one half precision, else float32."""
-    stored = [tensor for tensor in tensors.values() if not isinstance(tensor, Computed)]
-    types = {str(t.dtype if isinstance(t, torch.Tensor) else t.get_dtype()) for t in stored}
+    """The type that all tensors have, if it is one half precision, else float32."""
+    types = {
+        str(tensor.dtype if isinstance(tensor, torch.Tensor) else tensor.get_dtype())
+        for tensor in tensors.values()
+    }
     if types <= {"F16", "torch.float16"}:
         return torch.float16
     return torch.bfloat16 if types <= {"BF16", "torch.bfloat16"} else torch.float32
