@@ -23,12 +23,13 @@ from chatglm.checkpoint.conversion import (
     translate_chatglm1_config,
     translate_config,
 )
+from chatglm.checkpoint.cpu_quantizer import METHOD, VERSION, CpuQuantizationConfig, finish
 from chatglm.checkpoint.files import check_weights, find_folder, read_config, read_json
 from chatglm.checkpoint.lora import find_adapter_weights, merge_lora
 from chatglm.checkpoint.memory import check_memory
 from chatglm.checkpoint.prefix import add_prefix, split_off_prefix
-from chatglm.checkpoint.quantize import pick_quantization, wrong_shapes
-from chatglm.checkpoint.tensors import Tensors, open_tensors, unpack
+from chatglm.checkpoint.quantize import KINDS, pick_quantization, wrong_shapes
+from chatglm.checkpoint.tensors import Tensors, open_tensors, stored_dtype, unpack
 from chatglm.checkpoint.tokenizers import load_template_tokenizer, load_tokenizer
 from chatglm.engine.cpu_glm import FusedGlmMixin
 from chatglm.generate import ChatMixin
@@ -48,6 +49,7 @@ def load(
     quantize: str | None = None,
     devices: int = 1,
     adapter: str | Path | None = None,
+    pack: bool = True,
 ) -> tuple[Tokenizer, PreTrainedModel]:
     """(tokenizer, model) of a checkpoint, ready to chat.
 
@@ -58,13 +60,15 @@ def load(
     chatglm2, chatglm3 or template. `quantize`, int8 or int4, makes the weights smaller while they
     are read. `devices` over 1 shares the network out over so many GPUs, for an `Engine` only:
     `chat` would wait for the others. `adapter` is the folder or hub id of what was trained on top
-    of this checkpoint. Raises ValueError for what cannot be served.
+    of this checkpoint. `pack=False` keeps quantised matrices as they are saved, for shrink.py; such
+    a model does not run. Raises ValueError for what cannot be served.
     """
     target = pick_device(device)
     check_devices(devices, device, target, quantize)
     folder = find_folder(path)
     published = read_config(folder)
     refuse_unservable(published, folder)
+    quantize = quantize_as_stored(quantize, published, folder)
     shards = check_weights(folder)
     tokenizer: Tokenizer
     config: PretrainedConfig
@@ -72,12 +76,16 @@ def load(
     if published.get("model_type") == "chatglm":
         tokenizer = load_tokenizer(folder, published, chat_format)
         config, model_class = choose_network(published, str(folder), tokenizer)
+        if is_shrunk(published):
+            config.quantization_config = published["quantization_config"]
     else:
         config = load_native_config(published, folder)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
         tokenizer = load_template_tokenizer(folder, config, chat_format)
     precision = pick_dtype(dtype, target)
     quantization = pick_quantization(quantize, target, precision)
+    if isinstance(quantization, CpuQuantizationConfig):
+        quantization.pack = pack
     check_memory(model_class, config, target, precision, quantize, devices)
     tensors, prefix = read_tensors(shards, published, folder)
     if adapter is not None:
@@ -143,7 +151,8 @@ def refuse_unservable(published: dict, folder: Path) -> None:
     """Raises ValueError for the known kinds that cannot be served, each with the way out."""
     model_type = str(published.get("model_type"))
     bits = published.get("quantization_bit", 0)
-    if model_type == "chatglm" and ("quantization_config" in published or bits not in (0, 4, 8)):
+    foreign = "quantization_config" in published and not is_shrunk(published)
+    if model_type == "chatglm" and (foreign or bits not in (0, 4, 8)):
         raise ValueError(
             f"{folder} is quantised in a way that is not served; load the full-precision "
             "checkpoint (--quantize int4 makes it as small)"
@@ -158,6 +167,27 @@ def refuse_unservable(published: dict, folder: Path) -> None:
             f"{folder}: model_type {model_type!a} is not a language model of the "
             "installed transformers; ChatGLM2, ChatGLM3 and GLM-4 (-hf, 0414) are"
         )
+
+
+def is_shrunk(published: dict) -> bool:
+    """Whether shrink.py wrote the folder."""
+    method = published.get("quantization_config")
+    return isinstance(method, dict) and method.get("quant_method") == METHOD
+
+
+def quantize_as_stored(quantize: str | None, published: dict, folder: Path) -> str | None:
+    """How small the matrices of the folder are, if they are; else `quantize` as it is."""
+    if not is_shrunk(published):
+        return quantize
+    stored = published["quantization_config"]
+    if stored.get("version") != VERSION or stored.get("kind") not in KINDS:
+        raise ValueError(
+            f"{folder} was made small by another version of this program ({stored}); "
+            "make it again with python -m chatglm.checkpoint.shrink"
+        )
+    if quantize not in (None, stored["kind"]):
+        raise ValueError(f"{folder} is {stored['kind']} already, so quantize cannot be {quantize}")
+    return stored["kind"]
 
 
 def load_native_config(published: dict, folder: Path) -> PretrainedConfig:
@@ -185,7 +215,7 @@ def load_weights(
     config,
     device: torch.device,
     dtype: torch.dtype,
-    quantization: BitsAndBytesConfig | None,
+    quantization: BitsAndBytesConfig | CpuQuantizationConfig | None,
     devices: int,
 ):
     """Reads the tensors onto the device, one by one. Raises ValueError if one is missing, left over
@@ -196,6 +226,7 @@ def load_weights(
         if devices == 1
         else {"distributed_config": DistributedConfig(tp_size=devices)}
     )
+    for_cpu = quantization if isinstance(quantization, CpuQuantizationConfig) else None
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # its report of a mismatch is pages long; ours follows
     try:
@@ -203,10 +234,10 @@ def load_weights(
             None,
             config=config,
             state_dict=tensors,
-            dtype=dtype,
+            dtype=stored_dtype(tensors) if for_cpu else dtype,
             **place,
             ignore_mismatched_sizes=True,
-            quantization_config=quantization,
+            quantization_config=None if hasattr(config, "quantization_config") else quantization,
             output_loading_info=True,
         )
     except (OSError, RuntimeError, KeyError, ValueError) as error:
@@ -228,4 +259,6 @@ def load_weights(
                 f"{folder}: {len(found)} tensors {text}, such as {found[0]}; the "
                 "weights and config.json are not of the same model"
             )
+    if for_cpu and for_cpu.pack:
+        finish(model, for_cpu.kind)
     return model.eval()

@@ -7,7 +7,6 @@ published int4 and int8 weights are unpacked, and an adapter's changes are added
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +23,7 @@ class Readable(Protocol):
     """As transformers' loading needs a tensor: a slice of a safetensors file, or one of these."""
 
     def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
     def __getitem__(self, index: Any) -> torch.Tensor: ...
 
 
@@ -36,6 +36,9 @@ class Computed:
     def get_shape(self) -> list[int]:
         return self._shape
 
+    def get_dtype(self) -> str:
+        return "F32"
+
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self._compute()[index]
 
@@ -45,6 +48,15 @@ Tensors = dict[str, "torch.Tensor | Readable"]
 
 def shape_of(tensor: torch.Tensor | Readable) -> list[int]:
     return list(tensor.shape) if isinstance(tensor, torch.Tensor) else list(tensor.get_shape())
+
+
+def stored_dtype(tensors: Tensors) -> torch.dtype:
+    """The type that the tensors of the files have, if it is one half precision, else float32."""
+    stored = [tensor for tensor in tensors.values() if not isinstance(tensor, Computed)]
+    types = {str(t.dtype if isinstance(t, torch.Tensor) else t.get_dtype()) for t in stored}
+    if types <= {"F16", "torch.float16"}:
+        return torch.float16
+    return torch.bfloat16 if types <= {"BF16", "torch.bfloat16"} else torch.float32
 
 
 def open_tensors(files: list[Path]) -> Tensors:
@@ -64,9 +76,8 @@ def open_tensors(files: list[Path]) -> Tensors:
 
 
 def open_safetensors(file: Path) -> Tensors:
-    # On Windows a mapped file is counted as used memory, as transformers says.
-    backend = "pread" if sys.platform == "win32" else "mmap"
-    opened = safe_open(file, framework="pt", backend=backend)
+    # By position: through a memory map, the whole file counts as this process's memory in the end.
+    opened = safe_open(file, framework="pt", backend="pread")
     return {name: opened.get_slice(name) for name in opened.keys()}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from transformers.generation.continuous_batching.scheduler import (
 from transformers.utils import is_flash_attn_2_available
 
 from chatglm.engine import cpu_attention
+from chatglm.engine.cpu_cache import MemoryOnFirstUse
 from chatglm.engine.cpu_glm import FusedGlmMixin
 from chatglm.engine.sequence import LatestOutput, Output, Sequence
 from chatglm.hardware.device import free_memory
@@ -68,7 +70,8 @@ class Batch:
             config.max_blocks_per_request = math.ceil(max_model_len / config.page_size)
             if isinstance(model, FusedGlmMixin):
                 model.fuse()
-        self._manager.warmup()  # builds the cache now: a lack of memory shows at start-up
+        with MemoryOnFirstUse() if model.device.type == "cpu" else nullcontext():
+            self._manager.warmup()  # builds the cache now: a lack of memory shows at start-up
         self.block_size: int = config.page_size
         self.num_blocks: int = self._manager.batch_processor.cache.num_blocks
 
