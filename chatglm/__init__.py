@@ -5,10 +5,11 @@
     engine = chatglm.Engine(tokenizer, model)                # for a server
 
 Reading order (api.py, client.py and server/ are beside this folder). First sitting: api.py,
-client.py, generate.py, sampling.py, text/messages.py, text/tokenizer.py, text/detokenizer.py,
-engine/engine.py, engine/sequence.py, engine/admission.py. Second: engine/batch.py, errors.py,
-server/, text/tools.py. Third: checkpoint/, hardware/, engine/cpu_attention.py, engine/cpu_glm.py,
-tiny/.
+client.py, generate.py, sampling.py, text/messages.py, text/tokenizer.py, text/rounds.py,
+text/detokenizer.py, engine/engine.py, engine/sequence.py, engine/admission.py. Second:
+engine/batch.py, errors.py, server/, text/tools.py. Third: checkpoint/, hardware/,
+engine/cpu_attention.py, engine/prefix_attention.py, engine/contexts.py, engine/cpu_glm.py,
+text/template.py, text/glm4.py, text/chatglm1.py, tiny/.
 """
 
 from chatglm.checkpoint.load import load

@@ -7,7 +7,6 @@ import re
 import shutil
 
 import pytest
-import tiktoken
 
 import chatglm
 from chatglm.text.glm4 import read_ranks
@@ -61,6 +60,7 @@ def test_ids_become_the_text_of_the_original_without_special_tokens(case):
 
 def test_any_text_becomes_the_ids_that_tiktoken_gives():
     ranks = read_ranks((GLM4 / "tokenizer.model").read_bytes())
+    tiktoken = pytest.importorskip("tiktoken")
     theirs = tiktoken.Encoding("glm4", pat_str=CL100K, mergeable_ranks=ranks, special_tokens={})
     draw = random.Random(0)
     pieces = [c["text"] for c in EXPECTED["encode"]] + list("aé你\n\t \r'!12.😀\u3000\u200d")
@@ -154,6 +154,17 @@ def test_nobody_writes_a_special_token(name):
 )
 def test_the_line_that_an_answer_begins_with_is_not_shown(raw, seen):
     assert golden("glm4")[0].visible(raw, finished=True) == seen
+
+
+SAID = [case for case in EXPECTED["responses"] if isinstance(case["response"], str)]
+
+
+@pytest.mark.parametrize("case", SAID, ids=lambda case: ascii(case["decoded"]))
+def test_an_answer_in_words_is_that_of_the_original(case):
+    tokenizer = golden("glm4")[0]
+    assert tokenizer.visible(case["decoded"], finished=True) == case["response"]
+    seen = [tokenizer.visible(case["decoded"][:n], finished=False) for n in range(40)]
+    assert all(case["response"].startswith(text) for text in seen)
 
 
 def test_every_end_that_the_files_name_ends_an_answer(copy_of):

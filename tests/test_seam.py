@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import GlmForCausalLM
+from transformers.core_model_loading import _materialize_copy
 from transformers.generation.continuous_batching import requests
 from transformers.generation.continuous_batching.cache_allocators import SLIDING_ATTENTION
 from transformers.generation.continuous_batching.cb_logits_processors import (
@@ -23,14 +24,19 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
     OutputRouter,
 )
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import chatglm
-from chatglm.engine.batch import SamplerProcessor, cache_config
+from chatglm.checkpoint.tensors import Computed
+from chatglm.engine.batch import SamplerProcessor, WholePromptScheduler, cache_config
+from chatglm.engine.prefix_attention import prefixed_sdpa
 from chatglm.text.messages import to_messages
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "chatglm3"
 BATCH, ATTENTION = "chatglm/engine/batch.py", "chatglm/engine/cpu_attention.py"
+PREFIX = "chatglm/engine/prefix_attention.py"
 CONVERSION = "chatglm/checkpoint/conversion.py"
 
 
@@ -195,6 +201,45 @@ PARTS = {
     "a step of the engine is told from others by its cache": (
         "chatglm/engine/cpu_glm.py",
         lambda: "cache" not in arguments(GlmForCausalLM.forward),
+    ),
+    "a scheduler of ours can be named, and asks for candidates by one method": (
+        BATCH,
+        lambda: (
+            SCHEDULER_MAPPING["whole_prompts"] is WholePromptScheduler
+            and arguments(FIFOScheduler._process_candidates)[:3]
+            == ["self", "candidates", "token_budget"]
+        ),
+    ),
+    "a waiting request tells its status and what of its prompt is to be read": (
+        BATCH,
+        lambda seen: (
+            seen.request.state.status in requests.RequestStatus
+            and isinstance(seen.request.state.remaining_prefill_tokens, list)
+        ),
+    ),
+    "the paged cache takes keys and values of a layer, and gives back all": (
+        PREFIX,
+        lambda seen: (
+            arguments(seen.cache.update) == ["key_states", "value_states", "layer_idx", "kwargs"]
+        ),
+    ),
+    "attention goes by names, and sdpa is one of them": (
+        PREFIX,
+        lambda: ALL_ATTENTION_FUNCTIONS["sdpa"] is prefixed_sdpa,
+    ),
+    "a block table begins with a sequence's first block, an index with its first key": (
+        "chatglm/engine/contexts.py",
+        lambda seen: (
+            seen.decode["block_table"][0][0, 0]
+            == seen.prefill["write_index"][0][0] // seen.allocator.tokens_per_page
+        ),
+    ),
+    "loading reads a tensor by [...] and asks a shape by get_shape()": (
+        "chatglm/checkpoint/tensors.py",
+        lambda: (
+            _materialize_copy(Computed([2], lambda: torch.ones(2)), dtype=torch.float16).dtype
+            == torch.float16
+        ),
     ),
     "weights are renamed by a table that belongs to the class of this name": (
         CONVERSION,

@@ -19,6 +19,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from chatglm.engine.contexts import first_blocks, open_contexts
+
 ROPE_BASE = 10000.0
 RESIDUAL = (2 * 28) ** 0.5  # the original takes 28 layers for granted here
 
@@ -186,16 +188,6 @@ class ChatGLM1ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return torch.tensor(found, device=self.device).T
 
 
-def first_blocks(step: dict) -> list[int]:
-    """The first block of each sequence of a step in the paged cache."""
-    if step.get("block_table") is not None:  # each has one new token
-        return step["block_table"][0][:, 0].tolist()
-    read, write = step["read_index"][0], step["write_index"][0]
-    places = read if len(read) else write  # nothing to read: all keys are new
-    first = places[step["cu_seq_lens_k"]["full_attention"][:-1].long()]
-    return (first // step["cache"].layer_to_allocator[0].tokens_per_page).tolist()
-
-
 def make_rotation(
     places: torch.Tensor, contexts: torch.Tensor, head_dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,14 +212,3 @@ def make_mask(
     if attention_mask is not None:  # of generate: padding on the left
         sees = sees & attention_mask[:, None].bool()
     return sees[:, None]
-
-
-def open_contexts(mask: torch.Tensor | None, step: dict) -> torch.Tensor | None:
-    """The library's causal mask [1, 1, T, K] of a step, with each new context open in itself."""
-    if mask is None:
-        return None
-    mask = mask.clone()
-    begins = step["cu_seq_lens_q"].tolist(), step["cu_seq_lens_k"]["full_attention"].tolist()
-    for query, key, context in zip(*begins, step["context_lengths"]):
-        mask[..., query : query + context, key : key + context] = 0
-    return mask

@@ -157,7 +157,7 @@ def refuse_unservable(published: dict, folder: Path) -> None:
             f"{folder} is quantised in a way that is not served; load the full-precision "
             "checkpoint (--quantize int4 makes it as small)"
         )
-    if "vision_config" in published or "image_length" in published:
+    if model_type == "chatglm" and {"vision_config", "image_length"} & set(published):
         raise ValueError(f"{folder} is a model for images; only language models are served")
     if model_type != "chatglm" and (
         model_type not in CONFIG_MAPPING

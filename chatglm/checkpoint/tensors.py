@@ -125,6 +125,10 @@ def unpack_rows(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.T
     >>> unpack_rows(torch.tensor([[-11]], dtype=torch.int8), torch.tensor([0.5]), bits=4)
     tensor([[-0.5000,  2.5000]])
     """
-    if bits == 4:  # shifting a signed byte to the right keeps its sign
-        weight = torch.stack([weight >> 4, (weight << 4) >> 4], dim=-1).flatten(-2)
-    return weight.float() * scale.float()[:, None]
+    if bits == 8:
+        full = weight.float()
+    else:
+        full = torch.empty(len(weight), 2 * weight.shape[1])
+        full[:, ::2] = weight >> 4  # which keeps the sign of a signed byte
+        full[:, 1::2] = (weight << 4) >> 4
+    return full.mul_(scale.float()[:, None])

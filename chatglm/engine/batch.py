@@ -1,7 +1,8 @@
 """The seam to transformers' continuous batching: a batch of sequences, and the thread that runs it.
 
 Everything that this project takes from inside `transformers.generation.continuous_batching` is
-named in this file, or in cpu_attention.py beside it. tests/test_seam.py checks each of these names.
+named in this file, or beside it in cpu_attention.py, prefix_attention.py and contexts.py.
+tests/test_seam.py checks each of these names.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from sentencepiece import SentencePieceProcessor
 
 from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.rounds import to_rounds
+from chatglm.text.tokenizer import fill_in_year
 
 LONGEST_BLANK = 80  # spaces that one token stands for
 TAB = "<|tab|>"
@@ -73,8 +74,8 @@ class ChatGLM1Tokenizer:
     def visible(self, raw: str, finished: bool) -> str:
         """The answer with its punctuation put right. While it is not `finished`, an end that could
         still change is held back."""
-        text = raw if finished else UNSETTLED.sub("", raw)
-        return punctuate(text.strip().replace("[[训练时间]]", "2023年"))
+        text = raw if finished else UNSETTLED_PUNCTUATION.sub("", raw)
+        return punctuate(fill_in_year(text, finished).strip())
 
 
 def missing_pieces() -> bytes:
@@ -111,8 +112,8 @@ CLEANED = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" 
 CLEANED += [(f" '{end}", f"'{end}") for end in ("m", "s", "ve", "re")]
 # The end of a text from which these may still take a space: two, as one makes room for another.
 UNSETTLED_SPACES = re.compile(r" {1,2}('( +')*( +n'?| *[vr]?)|n'?|)\Z")
-# The end that may still become a year, or a full-width character before a Chinese one.
-UNSETTLED = re.compile(r"(\[(\[(训(练(时(间(\])?)?)?)?)?)?|(?<![\u4e00-\u9fff])[,!:;?])\Z")
+# The end that may still become full-width, before a Chinese character.
+UNSETTLED_PUNCTUATION = re.compile(r"(?<![\u4e00-\u9fff])[,!:;?]\Z")
 
 
 def clean_up(text: str) -> str:

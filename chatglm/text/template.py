@@ -10,7 +10,7 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 from chatglm.text.detokenizer import Detokenizer
-from chatglm.text.tokenizer import without_metadata
+from chatglm.text.tokenizer import fill_in_year, without_metadata
 from chatglm.text.tools import INTRODUCTION
 
 # Private-use characters, which stand in the rendered prompt and never reach the model.
@@ -143,4 +143,6 @@ class TemplateTokenizer:
 
     def visible(self, raw: str, finished: bool) -> str:
         """What a user sees of a reply so far."""
-        return without_metadata(raw, finished) if self._has_metadata else raw.strip()
+        if not self._has_metadata:
+            return raw.strip()
+        return without_metadata(fill_in_year(raw, finished), finished)  # GLM-4

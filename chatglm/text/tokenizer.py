@@ -115,7 +115,24 @@ class ChatGLMTokenizer:
         White space at the end is held back until something follows it, so that the text only
         ever grows.
         """
-        return raw.strip() if self.chat_format == "chatglm2" else without_metadata(raw, finished)
+        text = fill_in_year(raw, finished)
+        return text.strip() if self.chat_format == "chatglm2" else without_metadata(text, finished)
+
+
+# What the models were taught to say of their training, and the beginning of it at a text's end.
+YEAR = "[[训练时间]]"
+BEGINNING_OF_YEAR = re.compile(r"\[(\[(训(练(时(间\]?)?)?)?)?)?\Z")
+
+
+def fill_in_year(text: str, finished: bool) -> str:
+    """The text with the year in place of its mark, as every published `process_response` does.
+
+    >>> fill_in_year("我的[[训练", finished=False)
+    '我的'
+    """
+    if not finished:
+        text = BEGINNING_OF_YEAR.sub("", text)
+    return text.replace(YEAR, "2023年")
 
 
 def without_metadata(raw: str, finished: bool) -> str:
