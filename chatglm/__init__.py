@@ -8,7 +8,7 @@ Reading order (api.py, client.py and server/ are beside this folder). First sitt
 client.py, generate.py, sampling.py, text/messages.py, text/tokenizer.py, text/detokenizer.py,
 engine/engine.py, engine/sequence.py, engine/admission.py. Second: engine/batch.py, errors.py,
 server/, text/tools.py. Third: checkpoint/, hardware/, engine/cpu_attention.py, engine/cpu_glm.py,
-tiny/.
+engine/cpu_cache.py, tiny/.
 """
 
 from chatglm.checkpoint.load import load

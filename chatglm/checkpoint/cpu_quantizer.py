@@ -13,9 +13,11 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
@@ -200,3 +202,27 @@ def finish(model: Any, kind: str) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
     model.config.dtype = torch.float32
+
+
+def open_tensors(shards: list[Path]) -> dict[str, Any]:
+    """All tensors by name, each to be read when it is asked for. safetensors reads by position:
+    through a memory map, the whole file would count as memory of this process in the end."""
+    tensors: dict[str, Any] = {}
+    for shard in shards:
+        if shard.suffix == ".safetensors":
+            file = safe_open(shard, framework="pt", backend="pread")
+            tensors |= {name: file.get_slice(name) for name in file.keys()}
+        else:
+            tensors |= torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
+    return tensors
+
+
+def stored_dtype(tensors: dict[str, Any]) -> torch.dtype:
+    """The type that all tensors have, else float32, which holds all."""
+    types = {
+        str(tensor.get_dtype() if hasattr(tensor, "get_dtype") else tensor.dtype)
+        for tensor in tensors.values()
+    }
+    if types <= {"F16", "torch.float16"}:
+        return torch.float16
+    return torch.bfloat16 if types <= {"BF16", "torch.bfloat16"} else torch.float32

@@ -14,7 +14,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -29,11 +28,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
+from chatglm.checkpoint import cpu_quantizer
 from chatglm.checkpoint.conversion import ChatGLMForConditionalGeneration, translate_config
-from chatglm.checkpoint.cpu_quantizer import METHOD, VERSION, CpuQuantizationConfig, finish
+from chatglm.checkpoint.cpu_quantizer import CpuQuantizationConfig
 from chatglm.checkpoint.files import check_weights, find_folder, how_to_get, read_json
 from chatglm.checkpoint.memory import check_memory
-from chatglm.checkpoint.quantize import KINDS, pick_quantization, wrong_shapes
+from chatglm.checkpoint.quantize import (
+    is_shrunk,
+    pick_quantization,
+    quantize_as_stored,
+    wrong_shapes,
+)
 from chatglm.engine.cpu_glm import FusedGlmMixin
 from chatglm.generate import ChatMixin
 from chatglm.hardware.device import pick_device, pick_dtype
@@ -60,8 +65,7 @@ def load(
     CPU float32), bfloat16, float16 or float32. `chat_format` overrides what the files say:
     chatglm2, chatglm3 or template. `quantize`, int8 or int4, makes the weights smaller while they
     are read. `devices` over 1 shares the network out over so many GPUs, for an `Engine` only:
-    `chat` would wait for the others. `pack=False` keeps quantised matrices as they are saved, for
-    shrink.py; such a model does not run. Raises ValueError for what cannot be served.
+    `chat` would wait for the others. Raises ValueError for what cannot be served.
     """
     target = pick_device(device)
     check_devices(devices, device, target, quantize)
@@ -86,9 +90,7 @@ def load(
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
         tokenizer = load_template_tokenizer(folder, config, chat_format)
     precision = pick_dtype(dtype, target)
-    quantization = pick_quantization(quantize, target, precision)
-    if isinstance(quantization, CpuQuantizationConfig):
-        quantization.pack = pack
+    quantization = pick_quantization(quantize, target, precision, pack)
     check_memory(model_class, config, target, precision, quantize, devices)
     if devices > 1:
         launch(devices, target, {"path": str(folder), "dtype": dtype, "chat_format": chat_format})
@@ -131,27 +133,6 @@ def refuse_unservable(published: dict, folder: Path) -> None:
             f"{folder}: model_type {model_type!a} is no language model of the "
             "installed transformers; ChatGLM2, ChatGLM3 and GLM-4 (-hf, 0414) are"
         )
-
-
-def is_shrunk(published: dict) -> bool:
-    """Whether shrink.py wrote the folder."""
-    method = published.get("quantization_config")
-    return isinstance(method, dict) and method.get("quant_method") == METHOD
-
-
-def quantize_as_stored(quantize: str | None, published: dict, folder: Path) -> str | None:
-    """How small the matrices of the folder are, if they are; else `quantize` as it is."""
-    if not is_shrunk(published):
-        return quantize
-    stored = published["quantization_config"]
-    if stored.get("version") != VERSION or stored.get("kind") not in KINDS:
-        raise ValueError(
-            f"{folder} was made small by another version of this program ({stored}); "
-            "make it again with python -m chatglm.checkpoint.shrink"
-        )
-    if quantize not in (None, stored["kind"]):
-        raise ValueError(f"{folder} is {stored['kind']} already, so quantize cannot be {quantize}")
-    return stored["kind"]
 
 
 def is_tiktoken(folder: Path) -> bool:
@@ -276,11 +257,11 @@ def load_weights(
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # its report of a mismatch is pages long; ours follows
     try:
-        state_dict = open_tensors(shards) if for_cpu else None
+        state_dict = cpu_quantizer.open_tensors(shards) if for_cpu else None
         model, report = chatting.from_pretrained(
             None if state_dict else folder,
             config=config,
-            dtype=stored_dtype(state_dict) if state_dict else dtype,
+            dtype=cpu_quantizer.stored_dtype(state_dict) if state_dict else dtype,
             state_dict=state_dict,
             **place,
             local_files_only=True,
@@ -315,29 +296,5 @@ def load_weights(
                 "weights and config.json are not of the same model"
             )
     if for_cpu and for_cpu.pack:
-        finish(model, for_cpu.kind)
+        cpu_quantizer.finish(model, for_cpu.kind)
     return model.eval()
-
-
-def open_tensors(shards: list[Path]) -> dict[str, Any]:
-    """All tensors by name, each to be read when it is asked for. safetensors reads by position:
-    through a memory map, the whole file would count as memory of this process in the end."""
-    tensors: dict[str, Any] = {}
-    for shard in shards:
-        if shard.suffix == ".safetensors":
-            file = safe_open(shard, framework="pt", backend="pread")
-            tensors |= {name: file.get_slice(name) for name in file.keys()}
-        else:
-            tensors |= torch.load(shard, map_location="cpu", mmap=True, weights_only=True)
-    return tensors
-
-
-def stored_dtype(tensors: dict[str, Any]) -> torch.dtype:
-    """The type that all tensors have, else float32, which holds all."""
-    types = {
-        str(tensor.get_dtype() if hasattr(tensor, "get_dtype") else tensor.dtype)
-        for tensor in tensors.values()
-    }
-    if types <= {"F16", "torch.float16"}:
-        return torch.float16
-    return torch.bfloat16 if types <= {"BF16", "torch.bfloat16"} else torch.float32
