@@ -14,6 +14,8 @@ NEAR = {"float16": 1e-6, "int8": 0.02, "int4": 0.14}
 
 @pytest.fixture(params=KINDS)
 def kind(request):
+    if request.param == "int4":
+        pytest.importorskip("onnxruntime")
     return request.param
 
 

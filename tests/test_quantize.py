@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
 def as_for_a_gpu(monkeypatch):
     """bitsandbytes, which is used on GPUs, works on a CPU as well."""
     monkeypatch.setattr(
-        loading, "pick_quantization", lambda kind, _, dtype: quantize.for_gpu(kind, dtype)
+        loading, "pick_quantization", lambda kind, _, dtype, __: quantize.for_gpu(kind, dtype)
     )
 
 

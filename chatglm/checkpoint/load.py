@@ -17,18 +17,24 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
+from chatglm.checkpoint import cpu_quantizer
 from chatglm.checkpoint.chatglm1 import ChatGLM1ForConditionalGeneration
 from chatglm.checkpoint.conversion import (
     ChatGLMForConditionalGeneration,
     translate_chatglm1_config,
     translate_config,
 )
-from chatglm.checkpoint.cpu_quantizer import METHOD, VERSION, CpuQuantizationConfig, finish
+from chatglm.checkpoint.cpu_quantizer import CpuQuantizationConfig
 from chatglm.checkpoint.files import check_weights, find_folder, read_config, read_json
 from chatglm.checkpoint.lora import find_adapter_weights, merge_lora
 from chatglm.checkpoint.memory import check_memory
 from chatglm.checkpoint.prefix import add_prefix, split_off_prefix
-from chatglm.checkpoint.quantize import KINDS, pick_quantization, wrong_shapes
+from chatglm.checkpoint.quantize import (
+    is_shrunk,
+    pick_quantization,
+    quantize_as_stored,
+    wrong_shapes,
+)
 from chatglm.checkpoint.tensors import Tensors, open_tensors, stored_dtype, unpack
 from chatglm.checkpoint.tokenizers import load_template_tokenizer, load_tokenizer
 from chatglm.engine.cpu_glm import FusedGlmMixin
@@ -83,9 +89,7 @@ def load(
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # type: ignore[assignment]
         tokenizer = load_template_tokenizer(folder, config, chat_format)
     precision = pick_dtype(dtype, target)
-    quantization = pick_quantization(quantize, target, precision)
-    if isinstance(quantization, CpuQuantizationConfig):
-        quantization.pack = pack
+    quantization = pick_quantization(quantize, target, precision, pack)
     check_memory(model_class, config, target, precision, quantize, devices)
     tensors, prefix = read_tensors(shards, published, folder)
     if adapter is not None:
@@ -169,27 +173,6 @@ def refuse_unservable(published: dict, folder: Path) -> None:
         )
 
 
-def is_shrunk(published: dict) -> bool:
-    """Whether shrink.py wrote the folder."""
-    method = published.get("quantization_config")
-    return isinstance(method, dict) and method.get("quant_method") == METHOD
-
-
-def quantize_as_stored(quantize: str | None, published: dict, folder: Path) -> str | None:
-    """How small the matrices of the folder are, if they are; else `quantize` as it is."""
-    if not is_shrunk(published):
-        return quantize
-    stored = published["quantization_config"]
-    if stored.get("version") != VERSION or stored.get("kind") not in KINDS:
-        raise ValueError(
-            f"{folder} was made small by another version of this program ({stored}); "
-            "make it again with python -m chatglm.checkpoint.shrink"
-        )
-    if quantize not in (None, stored["kind"]):
-        raise ValueError(f"{folder} is {stored['kind']} already, so quantize cannot be {quantize}")
-    return stored["kind"]
-
-
 def load_native_config(published: dict, folder: Path) -> PretrainedConfig:
     try:
         return CONFIG_MAPPING[published["model_type"]].from_dict(published)
@@ -260,5 +243,5 @@ def load_weights(
                 "weights and config.json are not of the same model"
             )
     if for_cpu and for_cpu.pack:
-        finish(model, for_cpu.kind)
+        cpu_quantizer.finish(model, for_cpu.kind)
     return model.eval()

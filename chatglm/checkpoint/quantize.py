@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
 
-from chatglm.checkpoint.cpu_quantizer import CpuQuantizationConfig
+from chatglm.checkpoint.cpu_quantizer import METHOD, VERSION, CpuQuantizationConfig
 from chatglm.hardware.cpu_linear import PackedLinear
 
 KINDS = ("int8", "int4")
@@ -25,7 +26,7 @@ FOLDER = "pip install -r chatglm/checkpoint/"
 
 
 def pick_quantization(
-    kind: str | None, device: torch.device, dtype: torch.dtype
+    kind: str | None, device: torch.device, dtype: torch.dtype, pack: bool = True
 ) -> BitsAndBytesConfig | CpuQuantizationConfig | None:
     """How to load: int8, int4 or None for in full. Raises ValueError for what cannot be."""
     if kind is None:
@@ -33,13 +34,34 @@ def pick_quantization(
     if kind not in KINDS:
         raise ValueError(f"quantize must be one of int8, int4, not {kind!a}")
     if device.type == "cpu":
-        return for_cpu(kind, dtype)
+        return for_cpu(kind, dtype, pack)
     if device.type != "cuda":
         raise ValueError(f"quantize {kind} works on cuda and cpu, not on {device.type}")
     return for_gpu(kind, dtype)
 
 
-def for_cpu(kind: str, dtype: torch.dtype) -> CpuQuantizationConfig:
+def is_shrunk(published: dict) -> bool:
+    """Whether shrink.py wrote the folder."""
+    method = published.get("quantization_config")
+    return isinstance(method, dict) and method.get("quant_method") == METHOD
+
+
+def quantize_as_stored(quantize: str | None, published: dict, folder: Path) -> str | None:
+    """How small the matrices of the folder are, if they are; else `quantize` as it is."""
+    if not is_shrunk(published):
+        return quantize
+    stored = published["quantization_config"]
+    if stored.get("version") != VERSION or stored.get("kind") not in KINDS:
+        raise ValueError(
+            f"{folder} was made small by another version of this program ({stored}); "
+            "make it again with python -m chatglm.checkpoint.shrink"
+        )
+    if quantize not in (None, stored["kind"]):
+        raise ValueError(f"{folder} is {stored['kind']} already, so quantize cannot be {quantize}")
+    return stored["kind"]
+
+
+def for_cpu(kind: str, dtype: torch.dtype, pack: bool) -> CpuQuantizationConfig:
     if dtype != torch.float32:
         raise ValueError(
             f"quantize {kind} on a CPU computes in float32, not in {str(dtype)[6:]}; "
@@ -50,7 +72,9 @@ def for_cpu(kind: str, dtype: torch.dtype) -> CpuQuantizationConfig:
             f"quantize int4 on a CPU needs extra packages: {FOLDER}requirements-int4.txt; "
             "int8 needs none"
         )
-    return CpuQuantizationConfig(kind)
+    config = CpuQuantizationConfig(kind)
+    config.pack = pack
+    return config
 
 
 def for_gpu(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:

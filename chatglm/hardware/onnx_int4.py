@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import numpy as np
 import onnxruntime
 import torch
 from onnx import ModelProto, TensorProto, helper
@@ -58,12 +57,13 @@ def multiplication(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
     group = 2 * weight.shape[1] // groups
     options = session_options()
     values = {
-        "weight": weight.reshape(out_features, groups, group // 2).numpy(),
-        "scale": scale.reshape(-1).numpy(),
+        "weight": weight.reshape(out_features, groups, group // 2),
+        "scale": scale.reshape(-1),
     }
     # Given so, and not inside the model, they are let go once the kernel has laid them out anew.
     options.add_external_initializers(
-        list(values), [onnxruntime.OrtValue.ortvalue_from_numpy(each) for each in values.values()]
+        list(values),
+        [onnxruntime.OrtValue.ortvalue_from_numpy(each.numpy()) for each in values.values()],
     )
     model = one_product(group * groups, out_features, group, values).SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=PROVIDERS)
@@ -75,7 +75,7 @@ def multiplication(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
             (binding.bind_input, "rows", rows),
             (binding.bind_output, "out", out),
         ):
-            bind(name, "cpu", 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
+            bind(name, "cpu", 0, TensorProto.FLOAT, tuple(tensor.shape), tensor.data_ptr())
         session.run_with_iobinding(binding)
         return out
 
@@ -97,7 +97,7 @@ def session_options() -> onnxruntime.SessionOptions:
 
 
 def one_product(
-    in_features: int, out_features: int, group: int, values: dict[str, np.ndarray]
+    in_features: int, out_features: int, group: int, values: dict[str, Tensor]
 ) -> ModelProto:
     """An ONNX model of one multiplication, whose weights lie elsewhere."""
     node = helper.make_node(
@@ -119,12 +119,12 @@ def one_product(
     return helper.make_model(graph, opset_imports=versions, ir_version=8)
 
 
-def placeholder(name: str, value: np.ndarray) -> TensorProto:
+def placeholder(name: str, value: Tensor) -> TensorProto:
     """Stands for a tensor of this shape and type that the session is given beside the model."""
     tensor = TensorProto(
         name=name,
         dims=value.shape,
-        data_type=helper.np_dtype_to_tensor_dtype(value.dtype),
+        data_type=TensorProto.UINT8 if value.dtype == torch.uint8 else TensorProto.FLOAT,
         data_location=TensorProto.EXTERNAL,
     )
     tensor.external_data.add(key="location", value="memory")
