@@ -249,7 +249,7 @@ HANG_UPS = {
 }
 
 
-STEADY = {**ENDLESS, "max_length": 300}
+STEADY = {**ENDLESS, "max_length": 600}  # with three endless ones, no room for a fourth
 
 
 @cache

@@ -16,6 +16,7 @@ import pytest
 
 import chatglm
 from tests.original import GOLDEN, golden_config, publish, random_state
+from tests.servers import LIMIT
 
 NAME = "someone/chatglm-made-up"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -112,7 +113,7 @@ def run(server, home, name=NAME, adapter="", **env):
         env=kept | places | {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"} | env,
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=LIMIT,
         cwd=GOLDEN.parent.parent,
     )
     return done.stdout if done.returncode == 0 else done.stderr
