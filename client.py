@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import requests
 
@@ -175,7 +176,7 @@ def deferred_interrupt() -> Iterator[None]:
     """Defers Ctrl-C while rich is writing; an interrupted write would be drawn twice."""
     interrupted = False
 
-    def remember(signum, frame) -> None:
+    def remember(signum: int, frame: object) -> None:
         nonlocal interrupted
         interrupted = True
 
@@ -188,7 +189,7 @@ def deferred_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def markdown(text: str):
+def markdown(text: str) -> Any:
     """rich's Markdown, with every line end kept, and HTML shown instead of left out."""
     from rich.markdown import Markdown
 

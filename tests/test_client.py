@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pexpect
 import pyte
@@ -19,9 +18,8 @@ import pytest
 import requests
 
 import client
+from tests.servers import HERE, LIMIT, busy, until
 
-ROOT = Path(__file__).parent.parent
-LIMIT = 60  # seconds: a slow machine is no failure
 ROWS = [f"{number:03}" for number in range(70)]  # about three screens
 # What of the tester's own terminal and network would change what is seen.
 OWN = re.compile("LC_|LINES$|COLUMNS$|NO_COLOR$|FORCE_COLOR$|TTY_|PYTHON|.*_proxy$", re.I)
@@ -46,13 +44,6 @@ HEAD = (
 in_a_terminal = pytest.mark.skipif(
     not hasattr(pexpect, "spawn") and "CI" not in os.environ, reason="there are no ptys here"
 )
-
-
-def until(condition):
-    limit = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < limit, "it did not come to pass"
-        time.sleep(0.02)
 
 
 # --- A peer that speaks the wire format: its scripts yield bytes to send ------------------------
@@ -138,21 +129,6 @@ class Peer:
             getattr(parts, "close", int)()  # a script that is itself a reader hangs up as well
 
 
-@pytest.fixture(scope="module")
-def server():
-    with subprocess.Popen(
-        [sys.executable, "api.py", "--port", "0"],
-        cwd=ROOT,
-        env=ENV,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield re.match("Listening on (.*)", process.stdout.readline())[1]
-        finally:
-            process.terminate()
-
-
 def said(url, prompt, history=()):
     body = {"prompt": prompt, "history": history, "temperature": 0, "stream": False}
     return requests.post(url, json=body, timeout=LIMIT).json()["response"]
@@ -161,7 +137,7 @@ def said(url, prompt, history=()):
 def run(url, *arguments, stdin=b"", **env):
     return subprocess.run(
         [sys.executable, "client.py", "--url", url, *arguments],
-        cwd=ROOT,
+        cwd=HERE,
         env=ENV | env,
         input=stdin,
         capture_output=True,
@@ -182,7 +158,7 @@ class Terminal:
         self.child = pexpect.spawn(
             sys.executable,
             ["client.py", "--url", url, *flags],
-            cwd=ROOT,
+            cwd=HERE,
             env=ENV | env,
             dimensions=(24, 80),
         )
@@ -263,14 +239,14 @@ def test_frames_yield_each_time_the_text_has_grown():
 
 
 @pytest.mark.parametrize("how", ["argument", "pipe"])
-def test_one_question_gets_plain_text_in_utf8(server, how):
+def test_one_question_gets_plain_text_in_utf8(url, how):
     question = "发一个表情符号"
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     if how == "argument":
-        done = run(server, "--temperature", "0", question)
+        done = run(url, "--temperature", "0", question)
     else:
-        done = run(server, "--temperature", "0", stdin=question.encode(), **ascii_only)
-    assert (done.returncode, done.stdout.decode().strip()) == (0, said(server, question))
+        done = run(url, "--temperature", "0", stdin=question.encode(), **ascii_only)
+    assert (done.returncode, done.stdout.decode().strip()) == (0, said(url, question))
     assert b"\x1b" not in done.stdout
 
 
@@ -303,9 +279,9 @@ def test_a_refusal_is_shown_and_what_another_server_says_is_no_traceback(content
     assert ("不行 Bad." in done.stderr.decode()) == ("不行" in content)
 
 
-def test_the_servers_own_refusal_is_shown(server):
-    detail = requests.post(server, json={"prompt": "?", "top_p": 2}).json()["detail"]
-    done = run(server, "--top-p", "2", "?")
+def test_the_servers_own_refusal_is_shown(url):
+    detail = requests.post(url, json={"prompt": "?", "top_p": 2}, timeout=LIMIT).json()["detail"]
+    done = run(url, "--top-p", "2", "?")
     assert done.returncode == 1 and detail in done.stderr.decode()
 
 
@@ -332,11 +308,11 @@ def test_proxies_are_not_asked_for_this_machine(host):
 
 
 @in_a_terminal
-def test_a_conversation_goes_on_from_what_was_said(server, terminal):
-    chat, first, then = terminal(server, "--temperature", "0"), "Count from 1 to 100", "用中文说"
+def test_a_conversation_goes_on_from_what_was_said(url, terminal):
+    chat, first, then = terminal(url, "--temperature", "0"), "Count from 1 to 100", "用中文说"
     chat.ask(first, then)
-    answer = said(server, first)
-    shown = f"> {first}{answer}> {then}{said(server, then, [[first, answer]])}>"
+    answer = said(url, first)
+    shown = f"> {first}{answer}> {then}{said(url, then, [[first, answer]])}>"
     assert squeezed(shown) in squeezed(chat.text())
 
 
@@ -364,13 +340,15 @@ def test_stop_and_the_end_of_input_and_ctrl_c_leave(terminal, key):
 
 @in_a_terminal
 def test_ctrl_c_stops_the_answer_on_the_server_too(server, terminal):
-    chat = terminal(Peer(never_ending(server)).url)
-    chat.send("Count from 1 to 100")
-    chat.until(lambda: re.search(r"100\s+\w", chat.text()))
-    assert requests.get(server + "/health").json()["active"] == 1
-    chat.child.sendintr()
-    chat.until(chat.at_prompt)
-    until(lambda: requests.get(server + "/health").json()["active"] == 0)
+    chat = terminal(Peer(never_ending(server.url)).url)
+    with server.held():
+        chat.send("Count from 1 to 100")
+        until(lambda: busy(server.url) == 1)
+        server.let(20)
+        chat.until(lambda: "1 2 3" in chat.text())
+        chat.child.sendintr()
+        chat.until(chat.at_prompt)
+        until(lambda: server.step() or busy(server.url) == 0)
 
 
 @in_a_terminal
@@ -414,11 +392,12 @@ def test_what_no_longer_fits_is_dropped_from_the_oldest_on(terminal):
 
 
 @in_a_terminal
-def test_a_conversation_outlives_the_context_of_the_server(server, terminal):
+def test_a_conversation_outlives_the_context_of_the_server(url, terminal):
     body = {"prompt": "Tell me something that is not too long about anything.", "stream": False}
-    fits = (n for n in range(1, 200) if requests.post(server, json=body | {"max_length": n}).ok)
+    sizes = (body | {"max_length": n} for n in range(1, 200))
+    fits = (b["max_length"] for b in sizes if requests.post(url, json=b, timeout=LIMIT).ok)
     room = next(fits) + 5  # for one such question, and not for two
-    chat = terminal(server, "--max-length", str(room), "--temperature", "0")
+    chat = terminal(url, "--max-length", str(room), "--temperature", "0")
     chat.ask(*[body["prompt"]] * 3)
     assert chat.text().count("oldest") == 2 and "leaves no room" not in chat.text()
 

@@ -25,7 +25,7 @@ from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool as langchain_tool
 from langchain_openai import ChatOpenAI
 
-from test_api import busy, started_with, until
+from tests.servers import LIMIT, busy, started_with, until
 
 COUNT = "Count from 1 to 100"
 PROMPTS = ["Hello", "What is HTTP?", "什么是 HTTP？", COUNT]
@@ -37,7 +37,7 @@ ROUNDS = [(WEATHER, "get_weather", "上海", "晴，25 度"), (SUM, "calculate",
 
 
 def sdk(url, **settings):
-    settings = {"api_key": "none", "timeout": 60, "max_retries": 0, **settings}
+    settings = {"api_key": "none", "timeout": LIMIT, "max_retries": 0, **settings}
     return openai.OpenAI(base_url=url + "/v1", **settings)
 
 
@@ -54,7 +54,7 @@ def user(text):
 def plain(url, prompt, **fields):
     """What `POST /` answers in one piece: the other way to ask, without any client."""
     body = {"prompt": prompt, "stream": False, "temperature": 0, **fields}
-    reply = requests.post(url, json=body, timeout=60)
+    reply = requests.post(url, json=body, timeout=LIMIT)
     assert reply.status_code == 200, reply.text
     return reply.json()["response"]
 
@@ -107,18 +107,20 @@ def test_a_stream_of_the_sdk_is_many_parts_with_one_id_and_one_end(client):
 
 
 def test_the_first_part_comes_before_the_answer_is_whole_and_a_closed_stream_frees_its_place(
-    client, url
+    client, server, url
 ):
-    stream = create(client, COUNT, **ENDLESS)
-    first = next(part.choices[0].delta.content for part in stream if part.choices[0].delta.content)
-    assert len(first) < 100 and busy(url) == 1
-    stream.close()
-    until(lambda: busy(url) == 0, limit=5)  # to the end of the context it would be much longer
+    with server.held():
+        stream = create(client, COUNT, **ENDLESS)
+        server.let(10)
+        assert next(part for part in stream if part.choices[0].delta.content)
+        assert busy(url) == 1
+        stream.close()
+        until(lambda: busy(url) == 0)
 
 
 def test_eight_answers_at_once_from_the_async_sdk_are_each_what_they_are_alone(url):
     async def all_of(prompts):
-        settings = {"api_key": "none", "timeout": 60, "max_retries": 0}
+        settings = {"api_key": "none", "timeout": LIMIT, "max_retries": 0}
         async with openai.AsyncOpenAI(base_url=url + "/v1", **settings) as client:
             return await asyncio.gather(*(create(client, prompt) for prompt in prompts))
 
@@ -348,7 +350,7 @@ def chat(url):
         temperature=0,
         stream_usage=True,
         max_retries=0,
-        timeout=60,
+        timeout=LIMIT,
     )
 
 
@@ -417,7 +419,7 @@ def connect(client, method, url, **fields):
 
 
 def events(method, url, **fields):
-    with httpx.Client(timeout=60) as client, connect(client, method, url, **fields) as source:
+    with httpx.Client(timeout=LIMIT) as client, connect(client, method, url, **fields) as source:
         assert source.response.status_code == 200
         return list(source.iter_sse())
 
@@ -461,13 +463,16 @@ def test_events_answer_with_the_history_in_mind(url, method):
 
 
 @both_methods
-def test_the_first_event_comes_before_the_answer_is_whole_and_hanging_up_ends_it(url, method):
+def test_the_first_event_comes_before_the_answer_is_whole_and_hanging_up_ends_it(
+    server, url, method
+):
     asked = {"prompt": COUNT, "temperature": 0, "repetition_penalty": 0.5, "max_length": 8192}
-    with httpx.Client(timeout=60) as client, connect(client, method, url, **asked) as source:
-        parts = source.iter_sse()  # kept: without it, the connection would be closed
-        first = json.loads(next(parts).data)
-        assert len(first["text"]) < 100 and busy(url) == 1
-    until(lambda: busy(url) == 0, limit=5)  # to the end of the context it would be much longer
+    with server.held(), httpx.Client(timeout=LIMIT) as client:
+        with connect(client, method, url, **asked) as source:
+            server.let(10)
+            parts = source.iter_sse()  # kept: without it, the connection would be closed
+            assert json.loads(next(parts).data)["text"] and busy(url) == 1
+        until(lambda: busy(url) == 0)
 
 
 def test_a_browser_that_comes_back_after_the_end_is_told_to_stop(url):
@@ -476,7 +481,7 @@ def test_a_browser_that_comes_back_after_the_end_is_told_to_stop(url):
         reply = httpx.get(
             url + "/stream",
             params={"prompt": "Hello"},
-            timeout=60,
+            timeout=LIMIT,
             headers={"Last-Event-ID": identifier},
         )
         assert reply.status_code == 204 and reply.content == b""
@@ -484,7 +489,7 @@ def test_a_browser_that_comes_back_after_the_end_is_told_to_stop(url):
 
 @both_methods
 def test_a_refusal_is_no_stream_of_events(url, method):
-    with httpx.Client(timeout=60) as client, connect(client, method, url, prompt="") as source:
+    with httpx.Client(timeout=LIMIT) as client, connect(client, method, url, prompt="") as source:
         with pytest.raises(httpx_sse.SSEError):
             next(source.iter_sse())
         assert source.response.status_code == 400
@@ -511,15 +516,15 @@ def test_a_wrong_key_is_an_authentication_error_and_the_right_one_gets_an_answer
 
 
 @started_with("--max-concurrency", "1", "--max-waiting", "0")
-def test_a_full_queue_is_a_rate_limit_error_until_there_is_room_again(client, url):
-    stream = create(client, COUNT, **ENDLESS)
-    next(stream)
-    with pytest.raises(openai.RateLimitError) as refusal:
-        create(client, "Hello")
-    assert int(refusal.value.response.headers["Retry-After"]) > 0
-    assert set(refusal.value.body) == {"message", "type", "param", "code"}
-    stream.close()
-    until(lambda: busy(url) == 0)
+def test_a_full_queue_is_a_rate_limit_error_until_there_is_room_again(client, server, url):
+    with server.held():
+        stream = create(client, COUNT, **ENDLESS)
+        with pytest.raises(openai.RateLimitError) as refusal:
+            create(client, "Hello")
+        assert int(refusal.value.response.headers["Retry-After"]) > 0
+        assert set(refusal.value.body) == {"message", "type", "param", "code"}
+        stream.close()
+        until(lambda: busy(url) == 0)
     assert whole(client, "Hello").message.content == plain(url, "Hello")
 
 
@@ -528,7 +533,7 @@ def test_a_full_queue_is_a_rate_limit_error_until_there_is_room_again(client, ur
 
 @started_with("--max-length", "64")
 def test_every_answer_to_generated_requests_is_one_that_the_schema_announces(server, tmp_path):
-    paths = requests.get(server.url + "/openapi.json", timeout=60).json()["paths"]
+    paths = requests.get(server.url + "/openapi.json", timeout=LIMIT).json()["paths"]
     assert {"/", "/stream", "/v1/chat/completions", "/v1/models", "/health"} <= set(paths)
     checks = "not_a_server_error,status_code_conformance,content_type_conformance"
     command = [
@@ -549,7 +554,7 @@ def test_every_answer_to_generated_requests_is_one_that_the_schema_announces(ser
         "--no-color",
     ]
     run = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, encoding="utf-8"
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=2 * LIMIT, encoding="utf-8"
     )
     assert run.returncode == 0, run.stdout + run.stderr
     until(lambda: busy(server.url) == 0)

@@ -16,6 +16,7 @@ from chatglm.checkpoint.conversion import ChatGLMForConditionalGeneration, trans
 from chatglm.checkpoint.memory import check_memory
 from chatglm.text.messages import to_messages
 from tests.original import GOLDEN, golden_config, native
+from tests.servers import LIMIT
 
 QUESTIONS = ["什么是 HTTP？", "hello", "什么是 token？"]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -68,7 +69,7 @@ def alone(folder=None):
 def run(code, *arguments, **options):
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        timeout=120,
+        timeout=LIMIT,
         text=True,
         capture_output=True,
         cwd=GOLDEN.parent.parent,
@@ -98,7 +99,7 @@ def test_if_one_process_ends_all_do():
     code = (
         "import chatglm, psutil, time\n"
         "engine = chatglm.Engine(*chatglm.load(device='cpu', devices=2)); engine.start()\n"
-        "psutil.Process().children()[0].kill(); time.sleep(60)"
+        "psutil.Process().children()[0].kill(); time.sleep(600)"
     )
     done = run(code)
     assert done.returncode == 1 and "a process of --devices has ended" in done.stderr

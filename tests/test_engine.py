@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 import time
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 
 import psutil
@@ -16,6 +16,7 @@ import chatglm
 from chatglm import SamplingParams
 from chatglm.engine.sequence import FIRST_TOKENS_UNTHROTTLED, MIN_INTERVAL, LatestOutput, Output
 from chatglm.text.messages import count_characters, to_messages
+from tests.servers import LIMIT
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
 ENDLESS = dict(temperature=0, max_length=1000)  # what this model answers 你好 with, it never ends
@@ -39,8 +40,24 @@ async def last(engine, question, **settings):
     return chunk
 
 
-async def until(condition, seconds=20):
-    async with asyncio.timeout(seconds):
+@contextmanager
+def held(model):
+    """Meanwhile the model makes only the steps that are let through: `with held(model) as let`."""
+    steps = threading.Semaphore(0)
+
+    def wait(*_):
+        steps.acquire(timeout=LIMIT)
+
+    hook = model.model.embed_tokens.register_forward_pre_hook(wait)
+    try:
+        yield steps.release
+    finally:
+        hook.remove()
+        steps.release()  # the one that waits
+
+
+async def until(condition):
+    async with asyncio.timeout(LIMIT):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -190,26 +207,25 @@ def test_closing_the_iterator_cancels_and_leaves_nothing(loaded, moment):
     async def scenario():
         with chatglm.Engine(*loaded, max_concurrency=1) as engine:
             prompt = "你好" * 200 if moment == "prefill" else "你好"
-            first = asyncio.create_task(last(engine, prompt, **ENDLESS))
-            await until(lambda: engine.active == 1)
-            leaving = first
-            if moment == "waiting":
-                leaving = asyncio.create_task(last(engine, "你好", **ENDLESS))
-                await until(lambda: engine.waiting == 1)
-            elif moment == "decoding":
-                await until(
-                    lambda: any(
-                        s.generated_tokens
-                        for s in (
-                            engine._batch._manager.batch_processor.scheduler.active_requests.values()
+            with held(loaded[1]) as let:
+                leaving = first = asyncio.create_task(last(engine, prompt, **ENDLESS))
+                await until(lambda: engine.active == 1)
+                if moment == "waiting":
+                    leaving = asyncio.create_task(last(engine, "你好", **ENDLESS))
+                    await until(lambda: engine.waiting == 1)
+                elif moment == "decoding":
+                    let(5)
+                    scheduler = engine._batch._manager.batch_processor.scheduler
+                    await until(
+                        lambda: any(
+                            state.generated_tokens for state in scheduler.active_requests.values()
                         )
                     )
-                )
-            leaving.cancel()
-            await asyncio.wait([leaving])
-            if moment == "waiting":
-                assert engine.active == 1 and engine.waiting == 0 and not first.done()
-                first.cancel()
+                leaving.cancel()
+                await asyncio.wait([leaving])
+                if moment == "waiting":
+                    assert engine.active == 1 and engine.waiting == 0 and not first.done()
+                    first.cancel()
             await until(lambda: is_empty(engine))
             assert (await last(engine, "hi", max_new_tokens=3)).completion_tokens
 
@@ -219,11 +235,12 @@ def test_closing_the_iterator_cancels_and_leaves_nothing(loaded, moment):
 def test_one_request_more_than_there_are_places_waits_for_its_turn(loaded):
     async def scenario():
         with chatglm.Engine(*loaded, max_concurrency=2) as engine:
-            tasks = [
-                asyncio.create_task(last(engine, "hi", temperature=0, max_new_tokens=20))
-                for _ in range(5)
-            ]
-            await until(lambda: engine.active == 2 and engine.waiting == 3)
+            with held(loaded[1]):
+                tasks = [
+                    asyncio.create_task(last(engine, "hi", temperature=0, max_new_tokens=20))
+                    for _ in range(5)
+                ]
+                await until(lambda: engine.active == 2 and engine.waiting == 3)
             assert len({(await task).raw for task in tasks}) == 1
 
     asyncio.run(scenario())

@@ -20,6 +20,7 @@ from chatglm.checkpoint.memory import check_memory, needed_bytes
 from chatglm.text.messages import to_messages
 from chatglm.tiny.evaluation import answer
 from tests.original import GOLDEN, golden_config, native, publish, random_state, shapes
+from tests.servers import LIMIT
 from tests.test_tiny import lines
 
 KINDS = ["int8", "int4"]
@@ -213,7 +214,7 @@ def test_loading_takes_the_small_weights_and_one_matrix(folder):
         env=os.environ | own,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
         check=True,
     )
     shutil.rmtree(folder)
@@ -252,7 +253,7 @@ def test_without_the_library_one_line_says_what_to_install():
         cwd=GOLDEN.parent.parent,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
     )
     needed = "pip install -r chatglm/checkpoint/requirements-quantize.txt"
     assert done.stderr.splitlines()[-1].endswith(needed)

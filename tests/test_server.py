@@ -21,7 +21,7 @@ from server.openai_request import ChatCompletionRequest
 from server.responses import AnswerResponse
 from server.settings import Settings, parse_settings
 from server.sse import EventStream, answer_events
-from test_api import started, until
+from tests.servers import LIMIT, started, until
 
 V1 = "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
@@ -81,7 +81,7 @@ def has_ipv6():
 def test_an_ipv6_address_is_printed_as_clients_take_it():
     with started("api.py", "--host", "::1") as server:
         assert server.url.startswith("http://[::1]:")
-        assert requests.get(server.url, timeout=60).ok
+        assert requests.get(server.url, timeout=LIMIT).ok
 
 
 # --- 2. Refusals -------------------------------------------------------------------------------
@@ -119,21 +119,21 @@ WRONG = [  # a body of /v1, the field that is named in `param`, and the message
 def test_a_refusal_of_v1_names_the_field_for_people_and_for_programs(url, body, field, message):
     if body and "messages" not in body:
         body = {"messages": [USER], **body}
-    reply = requests.post(url + V1, json=body, timeout=60)
+    reply = requests.post(url + V1, json=body, timeout=LIMIT)
     assert reply.status_code == 400
     error = {"message": message, "type": "invalid_request_error", "param": field, "code": None}
     assert reply.json() == {"error": error}
 
 
 def test_a_body_that_is_no_json_names_no_field(url):
-    error = requests.post(url + V1, b"{", timeout=60).json()["error"]
+    error = requests.post(url + V1, b"{", timeout=LIMIT).json()["error"]
     assert error["param"] is None and error["message"].startswith("the body must be a JSON object")
 
 
 @pytest.mark.parametrize("path", ["/", "/stream", V1])
 def test_a_conversation_that_is_too_long_has_a_code(url, path):
     body = {"prompt": "hi " * 9000, "messages": [{**USER, "content": "hi " * 9000}]}
-    reply = requests.post(url + path, json=body, timeout=60)
+    reply = requests.post(url + path, json=body, timeout=LIMIT)
     assert reply.status_code == 400
     refusal = reply.json()["error"] if path == V1 else reply.json()
     assert refusal["code"] == "context_length_exceeded"
@@ -145,7 +145,7 @@ def test_a_conversation_that_is_too_long_has_a_code(url, path):
 
 @pytest.mark.parametrize("path", ["/", "/stream"])
 def test_another_refusal_is_a_detail_alone(url, path):
-    reply = requests.post(url + path, json={"prompt": "hi", "top_p": 2}, timeout=60)
+    reply = requests.post(url + path, json={"prompt": "hi", "top_p": 2}, timeout=LIMIT)
     assert reply.json() == {"detail": "top_p must be less than or equal to 1, not 2"}
 
 
@@ -169,8 +169,8 @@ def test_no_wrong_value_is_refused_in_pydantics_words(body_type):
 
 def test_the_events_are_readable_on_the_wire(url):
     body = {"prompt": "什么是 HTTP？", "temperature": 0, "stream": False}
-    lines = requests.post(url + "/stream", json=body, timeout=60).content.decode().split("\n")
-    text, message_id = requests.post(url, json=body, timeout=60).json()["response"], lines[1][4:]
+    lines = requests.post(url + "/stream", json=body, timeout=LIMIT).content.decode().split("\n")
+    text, message_id = requests.post(url, json=body, timeout=LIMIT).json()["response"], lines[1][4:]
     assert lines[0] == f'data: {{"text": "{text}", "message_id": "{message_id}"}}'
     assert lines[1:] == [f"id: {message_id}", "", "data: [DONE]", f"id: {message_id}", "", ""]
 
@@ -234,11 +234,11 @@ def test_a_disconnect_is_noticed_while_no_text_comes():
         until(lambda: server.started)
         with socket.create_connection(server.servers[0].sockets[0].getsockname()) as reader:
             reader.sendall(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
-            assert started_.wait(60)
-        assert closed.wait(10)
+            assert started_.wait(LIMIT)
+        assert closed.wait(LIMIT)
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(LIMIT)
 
 
 def test_a_client_that_is_gone_before_the_answer_begins_frees_its_place():

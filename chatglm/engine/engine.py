@@ -37,6 +37,8 @@ from chatglm.text.messages import count_characters, extend_history, to_messages
 
 logger = logging.getLogger("chatglm")
 
+ALWAYS_COUNTED = 2**16  # characters; a shorter prompt is tokenised, so a refusal has its length
+
 
 class Engine:
     """Serves many conversations with one model, from one event loop.
@@ -141,10 +143,12 @@ class Engine:
         context, max_length = self.max_request_tokens, params.max_length
         if max_length is None:
             max_length = DEFAULT_MAX_LENGTH if params.max_new_tokens is None else context
-        # What cannot fit is refused before it is tokenised, which would take time and memory.
+        # A long text that cannot fit is not tokenised: that would take time and memory.
         longest = self.tokenizer.longest_token
-        characters = count_characters(messages, min(max_length, context) * longest)
-        check_room(characters // longest, max_length, context, exact=False)
+        most = max(ALWAYS_COUNTED, min(max_length, context) * longest)
+        characters = count_characters(messages, most)
+        if characters > most:
+            check_room(characters // longest, max_length, context, exact=False)
         input_ids = self.tokenizer.encode_chat(messages)
         if forced_prefix:
             input_ids += self.tokenizer.encode(forced_prefix)
