@@ -66,4 +66,5 @@ def problem_of(value: object) -> str:
 
 def written(path: list[object]) -> str:
     """A path as messages name it: messages.0.content. A client chooses its keys, so each is cut."""
-    return ".".join(preview(str(key)).strip("'")[:40] for key in path[:8])
+    cut = [preview(str(key)).strip("'")[:40] for key in path[1:9]]
+    return ".".join([str(path[0]), *cut])
