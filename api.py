@@ -205,6 +205,7 @@ def load(settings: Settings) -> None:
         chat_format=settings.chat_format,
         quantize=settings.quantize,
         devices=settings.devices,
+        adapter=settings.adapter,
     )
 
 

@@ -4,6 +4,8 @@
     python -m bench                     # beside the textbook's server and transformers serve
     python -m bench --quick             # the same in about 2 minutes
     python -m bench --peer vLLM=http://127.0.0.1:9000    # and beside a server that runs already
+    python -m bench --preset 1.5b --quantize int8 --long 500 --clients 1,4,16 --tokens 32 \\
+        --weights FOLDER --peer llama.cpp=http://127.0.0.1:8080     # see sizes.py
     python -m bench growth              # what a longer answer and more clients cost
     python -m bench soak --minutes 10   # good, bad, slow and vanishing clients, all mixed
     python -m bench soak --hostile      # the same beside strangers who send what they should not
@@ -11,8 +13,8 @@
     python -m bench decode --preset chatglm3-6b          # how near a GPU comes to its limit
     python -m bench scale               # what Ray Serve costs, and how many GPUs a class needs
 
-Reading order: weights.py, textbook.py, contenders.py, load.py, canned.py, compare.py, report.py,
-growth.py, soak.py, hostile.py, fair.py, decode.py, scale.py.
+Reading order: weights.py, sizes.py, textbook.py, contenders.py, load.py, canned.py, compare.py,
+report.py, growth.py, soak.py, hostile.py, fair.py, decode.py, scale.py.
 """
 
 import argparse
@@ -60,6 +62,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="keep the weights there, as `python -m bench.weights` makes them",
     )
+    compare.add_argument("--preset", choices=["tiny", "1.5b", "chatglm3-6b"], default="tiny")
+    compare.add_argument("--quantize", choices=["int8", "int4"], help="this server's weights")
+    compare.add_argument(
+        "--long", type=int, default=1000, help="tokens of a long prompt (default: 1000; 0: none)"
+    )
     growth = add("growth", help="cost against the length of an answer and the number of clients")
     soak = add("soak", help="does every answer arrive, and is it the right one?")
     soak.add_argument("--minutes", type=float, default=10)
@@ -69,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     fair.add_argument("--connections", type=int, default=330, help="of the greedy one")
     fair.add_argument("--questions", type=int, default=20, help="of each of the two (default: 20)")
     decode = add("decode", help="decode speed against the device's memory bandwidth")
-    decode.add_argument("--preset", choices=["chatglm3-6b", "tiny"], default="tiny")
+    decode.add_argument("--preset", choices=["tiny", "1.5b", "chatglm3-6b"], default="tiny")
     decode.add_argument("--device", default="auto")
     decode.add_argument("--dtype", default="auto")
     decode.add_argument("--quantize", choices=["int8", "int4"])

@@ -12,9 +12,18 @@ from pathlib import Path
 import psutil
 
 from bench import load, report
-from bench.contenders import OURS, Contender, PeakMemory, Running, contenders, serving
+from bench.contenders import (
+    OURS,
+    Contender,
+    PeakMemory,
+    Running,
+    contenders,
+    our_server,
+    peers,
+    serving,
+)
 
-LONG = 1000  # tokens of a long prompt
+LONG = 1000  # tokens of a long prompt, unless told otherwise
 ANSWERS_ALONE = 4  # answers that a single client asks for, one after the other
 LOAD_LIMIT = 0.5  # of a core: a load that takes more may itself be what is slow
 SENTENCES = [
@@ -31,8 +40,8 @@ class Prompts:
     """Questions of a given length, each another one: no cache may help where it would not in
     earnest."""
 
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer, self.dice = tokenizer, random.Random(0)
+    def __init__(self, tokenizer, long: int = LONG) -> None:
+        self.tokenizer, self.long, self.dice = tokenizer, long, random.Random(0)
 
     def count(self, prompt: str) -> int:
         return len(self.tokenizer.encode_chat([{"role": "user", "content": prompt}]))
@@ -40,7 +49,7 @@ class Prompts:
     def make(self, kind: str) -> tuple[str, int]:
         """A prompt, and its tokens."""
         prompt = f"{self.dice.randrange(10**6)}：请详细介绍流式输出。"
-        while kind == "long" and self.count(prompt) < LONG:
+        while kind == "long" and self.count(prompt) < self.long:
             prompt += self.dice.choice(SENTENCES)
         return prompt, self.count(prompt)
 
@@ -96,9 +105,10 @@ def measure_contender(
     """One start of the contender: each kind of prompt and each number of clients once."""
     with serving(contender) as server:
         own = server.process is not None
-        for kind in ("short", "long"):  # the first answer of a process is slower than any other
+        kinds = ("short", "long") if settings.long else ("short",)
+        for kind in kinds:  # the first answer of a process is slower than any other
             run_load(server, contender, [[contender.body(*prompts.make(kind), 8)]], False)
-        for kind in ("short", "long"):
+        for kind in kinds:
             for clients in settings.clients:
                 each = max(1, ANSWERS_ALONE // clients)
                 asked = [
@@ -139,22 +149,44 @@ def machine() -> dict:
         "memory": psutil.virtual_memory().total,
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
+        "processor": processor(),
     }
+
+
+def processor() -> str:
+    """Its name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def make_field(folder: Path, settings: argparse.Namespace) -> tuple[Path, list[Contender]]:
+    """The weights in the published format, and who is compared. A large network is not given to
+    the servers that would take hours: only to this one and the peers."""
+    from bench import sizes, weights
+
+    if settings.preset == "tiny":
+        published, native = weights.make(folder)
+        return published, contenders(published, native, settings.peer)
+    published = sizes.make(settings.preset, folder / settings.preset)
+    return published, [our_server(published, settings.quantize), *peers(settings.peer)]
 
 
 def main(settings: argparse.Namespace) -> int:
     """Measures, prints and saves. Returns the exit status: 1 if this server failed an answer."""
-    from bench import canned, weights  # here, because torch takes seconds to import
-    from chatglm.checkpoint.load import load_chatglm_tokenizer
+    from bench import canned  # here, because torch takes seconds to import
+    from chatglm.checkpoint.tokenizers import load_chatglm_tokenizer
 
     begun = time.monotonic()
     ceiling = canned.ceiling()
     print(f"The load by itself, with frames that are there already: {ceiling:,.0f} frames/s")
     figures = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        published, native = weights.make(Path(settings.weights or folder))
-        prompts = Prompts(load_chatglm_tokenizer(published, "chatglm3"))
-        field = contenders(published, native, settings.peer)
+        published, field = make_field(Path(settings.weights or folder), settings)
+        prompts = Prompts(load_chatglm_tokenizer(published, "chatglm3"), settings.long)
         for repeat in range(settings.repeats):
             turn = repeat % len(field)  # another one begins each time: machines warm and slow down
             for contender in list(field[turn:] + field[:turn]):
@@ -168,12 +200,16 @@ def main(settings: argparse.Namespace) -> int:
     settled = {
         "tokens": settings.tokens,
         "repeats": settings.repeats,
-        "long_prompt": LONG,
+        "long_prompt": settings.long,
+        "weights": "the same weights"
+        if settings.preset == "tiny"
+        else f"random weights of {settings.preset}, here {settings.quantize or 'in float32'}",
         "load_ceiling": ceiling,
         "seconds": round(time.monotonic() - begun),
         **machine(),
     }
-    report.save(settings.out, settled, medians, figures)
+    parts = [settings.preset, settings.quantize] if settings.preset != "tiny" else ["compare"]
+    report.save(settings.out, "-".join(filter(None, parts)), settled, medians, figures)
     slow = [key for key, got in medians.items() if got["load_share"] > LOAD_LIMIT]
     if slow:
         print(f"The load itself took over {LOAD_LIMIT:.0%} of a core in: {slow}")

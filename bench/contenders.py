@@ -100,12 +100,13 @@ class PeakMemory:
         self._watcher.join()
 
 
-def our_server(folder: Path | None = None) -> Contender:
+def our_server(folder: Path | None = None, quantize: str | None = None) -> Contender:
     model = ["--model", str(folder)] if folder else []
+    model += ["--quantize", quantize] if quantize else []
     return Contender(OURS, "frames", [sys.executable, "api.py", "--port", "{port}", *model])
 
 
-def contenders(published: Path, native: Path, peers: list[str]) -> list[Contender]:
+def contenders(published: Path, native: Path, running: list[str]) -> list[Contender]:
     """All that can run here; a line says what cannot, and why."""
     found = [
         our_server(published),
@@ -137,7 +138,13 @@ def contenders(published: Path, native: Path, peers: list[str]) -> list[Contende
         ]
     else:
         print("left out: transformers serve (pip install 'transformers[serving]' adds it)")
-    for peer in peers:
+    return found + peers(running)
+
+
+def peers(running: list[str]) -> list[Contender]:
+    """Servers that run already, each given as NAME=URL."""
+    found = []
+    for peer in running:
         name, _, url = peer.partition("=")
         found.append(Contender(name, "openai", model=served_model(url), url=url))
     return found

@@ -1,6 +1,6 @@
 """How near decoding comes to the device's memory bandwidth.
 
-    python -m bench decode --preset chatglm3-6b|tiny [--quantize int8|int4]
+    python -m bench decode --preset chatglm3-6b|1.5b|tiny [--quantize int8|int4]
 
 A step reads every weight once and each request's keys and values once, so the bytes of these over
 the bandwidth is the least time it can take. Weights are random, made on the device: speed does
@@ -22,11 +22,13 @@ from transformers.quantizers import AutoHfQuantizer
 import chatglm
 from bench import weights
 from bench.report import table
+from bench.sizes import PRESETS
 from chatglm.checkpoint.conversion import ChatGLMForConditionalGeneration, translate_config
+from chatglm.checkpoint.cpu_quantizer import finish, replace_matrices
 from chatglm.checkpoint.files import TINY, read_json
-from chatglm.checkpoint.load import load_chatglm_tokenizer
 from chatglm.checkpoint.memory import check_memory
 from chatglm.checkpoint.quantize import pick_quantization
+from chatglm.checkpoint.tokenizers import load_chatglm_tokenizer
 from chatglm.engine.batch import CPU_BATCH_TOKENS
 from chatglm.hardware.device import GIB, pick_device, pick_dtype
 from chatglm.hardware.threads import single_threaded
@@ -34,20 +36,6 @@ from chatglm.hardware.threads import single_threaded
 PROMPT = 128  # tokens of each prompt
 COPIES = 10  # of the block whose copying shows the bandwidth
 STEP = 2  # bytes of memory moved per byte copied: it is read and written
-
-# config.json of the published ChatGLM3-6B, as far as its network goes
-CHATGLM3_6B = {
-    "padded_vocab_size": 65024,
-    "hidden_size": 4096,
-    "ffn_hidden_size": 13696,
-    "num_layers": 28,
-    "num_attention_heads": 32,
-    "multi_query_group_num": 2,
-    "kv_channels": 128,
-    "seq_length": 8192,
-    "layernorm_epsilon": 1e-5,
-    "add_qkv_bias": True,
-}
 
 
 @dataclass
@@ -61,7 +49,7 @@ class Progress:
 @single_threaded()
 def build(preset: str, device: torch.device, dtype: torch.dtype, quantize: str | None):
     """A network with random weights, made where it will run, in full before it is quantised."""
-    published = CHATGLM3_6B if preset == "chatglm3-6b" else read_json(TINY / "config.json")
+    published = PRESETS.get(preset) or read_json(TINY / "config.json")
     config = translate_config(published, preset)
     tokenizer = load_chatglm_tokenizer(TINY, "chatglm3")
     config.eos_token_id = tokenizer.stop_ids
@@ -76,9 +64,29 @@ def build(preset: str, device: torch.device, dtype: torch.dtype, quantize: str |
         torch.set_default_dtype(default)
     with torch.no_grad():
         weights.never_stop(model.lm_head.weight, tokenizer.sp.vocab_size())
-    if config := pick_quantization(quantize, device, dtype):
-        make_small(model, config)
+    if quantize and device.type == "cpu":
+        pack(model, quantize)
+    elif quantization := pick_quantization(quantize, device, dtype):
+        make_small(model, quantization)
     return tokenizer, model.eval()
+
+
+def pack(model, kind: str) -> None:
+    """What loading does to each matrix for a CPU."""
+    before = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    replace_matrices(model, kind)
+    for name, full in before.items():
+        small = model.get_submodule(name)
+        if small is not full:
+            small.bias = full.bias
+            small.pack(small.shrink(full.weight.data))
+            full.weight.data = torch.empty(0)  # not there in full while the next is made small
+    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.half()
+    finish(model, kind)
 
 
 def make_small(model, config) -> None:
@@ -99,18 +107,20 @@ def make_small(model, config) -> None:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second that the device's memory moves, by copying a block that no cache holds."""
-    size = GIB if device.type == "cuda" else GIB // 4
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    """Bytes a second that the device's memory gives, from a block that no cache holds: on a GPU by
+    copying it, on a CPU by adding up its numbers, which only reads."""
+    size = GIB if device.type == "cuda" else GIB // 2
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
+    copies = device.type == "cuda"
+    moved = STEP * size if copies else size
     best = float("inf")
     for _ in range(COPIES):
         synchronise(device)
         begun = time.perf_counter()
-        target.copy_(source)
+        source.clone() if copies else source.sum()
         synchronise(device)
         best = min(best, time.perf_counter() - begun)
-    return STEP * size / best
+    return moved / best
 
 
 def synchronise(device: torch.device) -> None:
@@ -207,7 +217,7 @@ def main(settings: argparse.Namespace) -> int:
     held = weights.held_bytes(model)
     title = (
         f"{settings.preset} on {where}, {settings.quantize or dtype}, weights of "
-        f"{held / 1e9:,.3g} GB, copies at {speed / 1e9:,.0f} GB/s"
+        f"{held / 1e9:,.3g} GB, memory at {speed / 1e9:,.0f} GB/s"
     )
     text = (
         title

@@ -129,7 +129,7 @@ def next_turn(server: Running, prompts: Prompts) -> dict[str, float]:
 
 def main(settings: argparse.Namespace) -> int:
     """Prints and saves one table. Returns the exit status: 1 if something grows too fast."""
-    from chatglm.checkpoint.load import load_chatglm_tokenizer
+    from chatglm.checkpoint.tokenizers import load_chatglm_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         published, _ = weights.make(Path(folder))

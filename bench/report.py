@@ -99,8 +99,9 @@ def markdown(settled: dict, medians: dict) -> str:
     text = [
         f"""# The chat server beside others
 
-Measured {settled["when"]} on {settled["cores"]} cores ({settled["system"]}, Python \
-{settled["python"]}), all with the same weights: {settled["tokens"]} tokens an answer, \
+Measured {settled["when"]} on {settled["cores"]} cores ({settled["processor"]}, \
+{settled["system"]}, Python {settled["python"]}), all with {settled["weights"]}: \
+{settled["tokens"]} tokens an answer, \
 medians over {settled["repeats"]} repeats in turn, {minutes:.0f} minutes.
 
 Clients all begin at once. A time between tokens is one between two arrivals of new text; this \
@@ -174,8 +175,8 @@ def chart(file: Path, settled: dict, medians: dict) -> bool:
     return True
 
 
-def save(folder: Path, settled: dict, medians: dict, runs: dict) -> None:
-    """compare.json, compare.md and compare.png; the tables are printed too."""
+def save(folder: Path, name: str, settled: dict, medians: dict, runs: dict) -> None:
+    """NAME.json, NAME.md and NAME.png; the tables are printed too."""
     folder.mkdir(parents=True, exist_ok=True)
     cells = [
         {
@@ -187,12 +188,12 @@ def save(folder: Path, settled: dict, medians: dict, runs: dict) -> None:
         }
         for key, got in medians.items()
     ]
-    (folder / "compare.json").write_text(
+    (folder / f"{name}.json").write_text(
         json.dumps({"settings": settled, "results": cells}, indent=1) + "\n", "utf-8"
     )
     text = markdown(settled, medians)
-    (folder / "compare.md").write_text(text, "utf-8")
+    (folder / f"{name}.md").write_text(text, "utf-8")
     print(text)
-    if not chart(folder / "compare.png", settled, medians):
+    if not chart(folder / f"{name}.png", settled, medians):
         print("no chart: pip install -r bench/requirements.txt adds matplotlib")
     print(f"saved in {folder}")

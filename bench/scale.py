@@ -230,7 +230,7 @@ def main(settings: argparse.Namespace) -> int:
     """Prints and saves the tables. Returns the exit status: 1 if an answer failed."""
     if not importlib.util.find_spec("ray"):
         raise ValueError("there is no Ray: pip install -r deploy/requirements.txt")
-    from chatglm.checkpoint.load import load_chatglm_tokenizer
+    from chatglm.checkpoint.tokenizers import load_chatglm_tokenizer
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     figures: dict[tuple[str, int], list[dict]] = {}

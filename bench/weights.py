@@ -19,7 +19,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import GlmForCausalLM, PreTrainedTokenizerFast
 
 import chatglm
+from chatglm.checkpoint.cpu_quantizer import StoredEmbedding
 from chatglm.checkpoint.files import TINY
+from chatglm.hardware.cpu_linear import PackedLinear
 from chatglm.text.tokenizer import COMMON_SPECIALS, ROLE_SPECIALS, ChatGLMTokenizer
 
 CONTROLS = 3  # <unk>, <s> and </s>, the first pieces of the vocabulary
@@ -119,6 +121,11 @@ def fast_tokenizer(tokenizer: ChatGLMTokenizer) -> PreTrainedTokenizerFast:
 def held_bytes(model) -> int:
     """Memory that the weights of a loaded model take, with their scales."""
     held = sum(p.nbytes for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            held += module.held_bytes(module.in_features, module.out_features)
+    if isinstance(embedding := model.get_input_embeddings(), StoredEmbedding):
+        held += embedding.weight.nbytes
     for p in model.parameters():
         state = getattr(p, "quant_state", None)
         tables = [getattr(p, "SCB", None)] + ([state.absmax] if state else [])

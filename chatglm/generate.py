@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 
 from chatglm.sampling import SamplingParams, check_room, choose, penalise
-from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.messages import extend_history, to_messages
 
 
@@ -58,7 +57,7 @@ class ChatMixin:
             seed=random.getrandbits(32) if seed is None else seed,
         )
         # 2. Token after token, as text
-        text, detokenizer = "", Detokenizer(tokenizer.decode, tokenizer.anchor)
+        text, detokenizer = "", tokenizer.detokenizer()
         for token in generate_tokens(self, input_ids, max_new_tokens, params):
             if token in tokenizer.stop_ids:
                 break

@@ -52,8 +52,10 @@ def deploy(arguments: dict[str, str]) -> serve.Application:
     }
     cpus = float(arguments.pop("cpus-per-replica", 1))  # torch gets as many threads from Ray
     settings = parse_settings([f"--{name}={value}" for name, value in arguments.items()])
-    if settings.model and os.path.isdir(settings.model):  # a replica runs in another folder
-        settings.model = os.path.abspath(settings.model)
+    for name in ("model", "adapter"):  # a replica runs in another folder
+        folder = getattr(settings, name)
+        if folder and os.path.isdir(folder):
+            setattr(settings, name, os.path.abspath(folder))
     if not ray.is_initialized():
         ray.init(runtime_env=CODE)
     serve.start(http_options={"host": settings.host, "port": settings.port})

@@ -36,6 +36,9 @@ class Settings:
     model: str | None = flag(
         None, "a folder or a hub id (default: the tiny ChatGLM in chatglm/tiny)"
     )
+    adapter: str | None = flag(
+        None, "a folder or a hub id: LoRA or P-Tuning v2, trained on top of the model"
+    )
     device: str = flag("auto", "auto, cuda, cuda:1, mps or cpu")
     dtype: str = flag("auto", "auto, bfloat16, float16 or float32")
     quantize: str | None = flag(None, "int8 or int4: smaller weights, for a small GPU")

@@ -135,9 +135,13 @@ def golden_state(name="chatglm3"):
 
 @functools.cache
 def golden(name):
-    """(tokenizer, model, what the published implementation answered)"""
-    loaded = chatglm.load(str(GOLDEN / name), device="cpu", dtype="float32")
-    return *loaded, json.loads((GOLDEN / name / "expected.json").read_text())
+    """(tokenizer, model, what the published implementation answered). An adapter is loaded on top
+    of the checkpoint that it belongs to."""
+    expected = json.loads((GOLDEN / name / "expected.json").read_text())
+    base = expected.get("base")
+    adapter = {"adapter": GOLDEN / name} if base else {}
+    loaded = chatglm.load(GOLDEN / (base or name), device="cpu", dtype="float32", **adapter)
+    return *loaded, expected
 
 
 def write_json(path, content):

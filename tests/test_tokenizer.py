@@ -62,13 +62,6 @@ def published(name):
 # Prompts
 
 
-@pytest.mark.parametrize("name, number", CHATS)
-def test_prompt_ids_are_those_of_the_published_tokenizer(name, number):
-    tokenizer, _, expected = golden(name)
-    chat = expected["chats"][number]
-    assert tokenizer.encode_chat(to_messages(chat["query"], chat["history"])) == chat["input_ids"]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_chat_format_is_known_by_its_name(name):
     assert golden(name)[0].chat_format == name

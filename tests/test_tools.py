@@ -8,7 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from chatglm.engine.sequence import Chunk
-from chatglm.text.tokenizer import ChatGLMTokenizer, TemplateTokenizer
+from chatglm.text.template import TemplateTokenizer
+from chatglm.text.tokenizer import ChatGLMTokenizer
 from chatglm.text.tools import INTRODUCTION, declare, may_be_call, read_call, write_call
 from server.openai_api import deltas
 from server.openai_request import ChatCompletionRequest

@@ -7,10 +7,13 @@ translates the configuration and says where each published tensor goes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from transformers import GlmConfig, GlmForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
+from chatglm.checkpoint.chatglm1 import ChatGLM1Config
 from chatglm.engine.cpu_glm import FusedGlmMixin
 
 ROPE_BASE = 10000.0  # of the rotary embedding
@@ -27,6 +30,17 @@ CONFIG_FIELDS = {
     "seq_length": "max_position_embeddings",
     "layernorm_epsilon": "rms_norm_eps",
     "add_qkv_bias": "attention_bias",
+}
+
+# The first generation's fields.
+CHATGLM1_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "inner_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "layernorm_epsilon": "layer_norm_eps",
+    "max_sequence_length": "max_position_embeddings",
 }
 
 # The original has switches that every published checkpoint sets alike. GLM has only that setting.
@@ -79,16 +93,14 @@ def translate_config(published: dict, where: str, chat_format: str = "chatglm3")
     Raises ValueError, naming `where` and the field, for a field that is missing, a size that
     cannot be, and a setting that GLM does not have.
     """
-    missing = [field for field in CONFIG_FIELDS if field not in published]
-    if missing:
-        raise ValueError(f"{where}: the ChatGLM configuration lacks {', '.join(missing)}")
+    check_fields(published, CONFIG_FIELDS, where)
     for field, wanted in FIXED_SETTINGS.items():
         if published.get(field, wanted) != wanted:
             raise ValueError(
                 f"{where}: {field} is {published[field]}, but only {wanted} can be "
                 "served (every published ChatGLM2 and ChatGLM3 has that)"
             )
-    check_sizes(published, where)
+    check_groups(published, where)
     config = GlmConfig(
         **{ours: published[theirs] for theirs, ours in CONFIG_FIELDS.items()},
         rope_parameters=rope_parameters(published, chat_format),
@@ -116,14 +128,21 @@ def rope_parameters(published: dict, chat_format: str) -> dict:
     return {**rope, "rope_theta": ROPE_BASE * ratio}
 
 
-def check_sizes(published: dict, where: str) -> None:
-    """Raises ValueError for a field that is no size, or heads that no group division fits."""
-    for field in CONFIG_FIELDS:
+def check_fields(published: dict, fields: Iterable[str], where: str) -> None:
+    """Raises ValueError for a field that is missing, or that is not a size."""
+    missing = [field for field in fields if field not in published]
+    if missing:
+        raise ValueError(f"{where}: the ChatGLM configuration lacks {', '.join(missing)}")
+    for field in fields:
         value = published[field]
         kinds = {"layernorm_epsilon": (int, float), "add_qkv_bias": (bool,)}.get(field, (int,))
         if type(value) not in kinds or (field != "add_qkv_bias" and value <= 0):
             wanted = "true or false" if field == "add_qkv_bias" else "a number over 0"
             raise ValueError(f"{where}: {field} must be {wanted}, not {value!a}")
+
+
+def check_groups(published: dict, where: str) -> None:
+    """Raises ValueError for heads that no division into groups fits, and for a bad rope_ratio."""
     heads, groups = published["num_attention_heads"], published["multi_query_group_num"]
     if heads % groups:
         raise ValueError(
@@ -133,3 +152,31 @@ def check_sizes(published: dict, where: str) -> None:
     ratio = published.get("rope_ratio", 1)
     if type(ratio) not in (int, float) or ratio <= 0:
         raise ValueError(f"{where}: rope_ratio must be a number over 0, not {ratio!a}")
+
+
+def translate_chatglm1_config(
+    published: dict, where: str, specials: dict[str, int]
+) -> ChatGLM1Config:
+    """The configuration of a first ChatGLM-6B, whose special tokens have these ids. Raises
+    ValueError as above."""
+    check_fields(published, CHATGLM1_FIELDS, where)
+    hidden, heads = published["hidden_size"], published["num_attention_heads"]
+    if hidden % heads or hidden // heads % 4:
+        raise ValueError(
+            f"{where}: hidden_size {hidden} cannot be divided among num_attention_heads {heads} "
+            "in multiples of 4"
+        )
+    if not published.get("position_encoding_2d", True):
+        raise ValueError(f"{where}: position_encoding_2d is False, but only True can be served")
+    return ChatGLM1Config(
+        **{ours: published[theirs] for theirs, ours in CHATGLM1_FIELDS.items()},
+        num_key_value_heads=heads,
+        head_dim=hidden // heads,
+        tie_word_embeddings=published.get("tie_word_embeddings", True),
+        mask_token_id=specials["[MASK]"],
+        gmask_token_id=specials["[gMASK]"],
+        bos_token_id=specials["<sop>"],
+        eos_token_id=specials["<eop>"],
+        pad_token_id=specials["<pad>"],
+        architectures=["ChatGLM1ForConditionalGeneration"],
+    )

@@ -8,9 +8,11 @@ import struct
 import zipfile
 from pathlib import Path
 
+from chatglm.checkpoint.hubs import download, is_hub_id
 from chatglm.errors import preview
 
 TINY = Path(__file__).parents[1] / "tiny"
+LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # a number that such files begin with
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -20,41 +22,37 @@ WEIGHT_FILES = (
 
 
 def find_folder(path: str | Path | None) -> Path:
-    """A local folder with a config.json; a hub id is downloaded first, code files left out."""
+    """A local folder, or the one that a hub id was downloaded to, code files left out."""
     if path is None:
         return TINY
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} is no checkpoint folder: it has no config.json")
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    if folder.exists() or not is_hub_id(str(path)):
         raise ValueError(f"{path} is neither a folder nor a hub id such as THUDM/chatglm3-6b")
     return download(str(path))
 
 
-def download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        rest = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
-        folder = Path(snapshot_download(repo_id, allow_patterns=[*rest, "*.safetensors"]))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo_id, allow_patterns=[*rest, "pytorch_model*.bin"]))
-        return folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def read_config(folder: Path) -> dict:
+    """The model's config.json, without the fields that are null there. Raises ValueError if the
+    folder is not that of a model."""
+    if (folder / "config.json").is_file():
+        published = read_json(folder / "config.json")
+        return {field: value for field, value in published.items() if value is not None}
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
         raise ValueError(
-            f"there is no folder {repo_id}, and the model hub does not give it "
-            f"({reason}); download it elsewhere and pass its folder"
-        ) from error
+            f"{folder} is an adapter, not a model: pass the model that it was trained on, and "
+            f"this as its adapter (--model {base} --adapter {folder})"
+        )
+    raise ValueError(f"{folder} is not a checkpoint folder: it has no config.json")
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises ValueError, naming the file, if it holds anything else."""
+    """The object in a JSON file, in UTF-8, -16 or -32, with a byte order mark or without. Raises
+    ValueError, naming the file, if it holds anything else."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}; download it again") from error
     if not isinstance(content, dict):
@@ -66,8 +64,8 @@ def check_weights(folder: Path) -> list[Path]:
     """The weight files, each there and whole. Raises ValueError, naming the first that is not."""
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
-        raise ValueError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
-    if found.suffix != ".json":
+        shards = find_shards(folder)
+    elif found.suffix != ".json":
         shards = [found]
     else:
         weight_map = read_json(found).get("weight_map")
@@ -76,7 +74,7 @@ def check_weights(folder: Path) -> list[Path]:
         shards = [folder / str(name) for name in sorted(set(weight_map.values()), key=str)]
     for shard in shards:
         if not shard.is_file():
-            raise ValueError(f"{shard} is missing, but {found.name} names it; download it again")
+            raise ValueError(f"{shard} is missing; download it again")
         if not is_whole(shard):
             raise ValueError(
                 f"{shard} is cut off or damaged ({shard.stat().st_size:,} bytes); "
@@ -85,10 +83,24 @@ def check_weights(folder: Path) -> list[Path]:
     return shards
 
 
+def find_shards(folder: Path) -> list[Path]:
+    """All shards, present or not, of a checkpoint whose index is missing: their names count them.
+    Raises ValueError if there are none."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        for shard in sorted(folder.glob(f"{stem}-*-of-*.{suffix}")):
+            if counted := re.fullmatch(rf"{stem}-(\d+)-of-(\d+)\.{suffix}", shard.name):
+                digits, count = len(counted[1]), counted[2]
+                return [
+                    folder / f"{stem}-{number:0{digits}}-of-{count}.{suffix}"
+                    for number in range(1, int(count) + 1)
+                ]
+    raise ValueError(f"{folder} has no weights: none of {', '.join(WEIGHT_FILES)}")
+
+
 def is_whole(shard: Path) -> bool:
-    if shard.suffix == ".bin":  # torch.save writes a zip, whose directory is at the end
-        return zipfile.is_zipfile(shard)
     size = shard.stat().st_size
+    if shard.suffix == ".bin":  # torch.save writes a zip, whose directory is at the end
+        return zipfile.is_zipfile(shard) or is_legacy_bin(shard)
     with shard.open("rb") as file:  # 8 bytes: length of a JSON header with each tensor's place
         try:
             [length] = struct.unpack("<Q", file.read(8))
@@ -97,6 +109,12 @@ def is_whole(shard: Path) -> bool:
             return False
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     return bool(ends) and size == 8 + length + max(ends)
+
+
+def is_legacy_bin(shard: Path) -> bool:
+    """Whether torch.save of before PyTorch 1.6 wrote it. If it is cut off, reading it will tell."""
+    with shard.open("rb") as file:
+        return LEGACY_MAGIC in file.read(32)
 
 
 def how_to_get(file: Path) -> str:

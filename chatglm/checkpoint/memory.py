@@ -6,9 +6,13 @@ import math
 
 import torch
 
-from chatglm.checkpoint.quantize import BLOCK, SCALES
+from chatglm.checkpoint.cpu_quantizer import replace_matrices
+from chatglm.checkpoint.quantize import BLOCK, KINDS, SCALES
+from chatglm.hardware.cpu_linear import PackedLinear
 from chatglm.hardware.device import GIB, free_memory
 from chatglm.hardware.tensor_parallel import check_divisible, is_sharded
+
+STORED = torch.float16  # of the embedding, which a CPU keeps as the file has it
 
 
 def check_memory(
@@ -19,33 +23,46 @@ def check_memory(
     quantize: str | None = None,
     devices: int = 1,
 ) -> None:
-    """Raises ValueError if the weights alone are more than the device has free."""
-    with torch.device("meta"):  # shapes only, nothing is allocated
-        skeleton = model_class(config)
-    needed = needed_bytes(skeleton, quantize, dtype)
-    if devices > 1:
+    """Raises ValueError if the weights alone are more than the device has free, with the choices
+    that fit."""
+
+    def needed(kind: str | None, dtype: torch.dtype) -> int:
+        with torch.device("meta"):  # shapes only, nothing is allocated
+            skeleton = model_class(config)
+        if devices == 1:
+            return needed_bytes(skeleton, kind, dtype, device)
         check_divisible(skeleton, devices)
         shared = (
             sum(p.numel() for name, p in skeleton.named_parameters() if is_sharded(skeleton, name))
             * dtype.itemsize
         )
-        needed -= shared - shared // devices
+        return needed_bytes(skeleton, kind, dtype, device) - shared + shared // devices
+
     free = free_memory(device)
-    if needed > free:
-        name = quantize or str(dtype).removeprefix("torch.")
-        raise ValueError(
-            f"the weights take {needed / GIB:.1f} GiB in {name}, but {device} has "
-            f"{free / GIB:.1f} GiB free; close other programs, or choose a narrower "
-            "dtype, --quantize, another device or a smaller model"
-        )
+    if (wanted := needed(quantize, dtype)) <= free:
+        return
+    choices: dict[str, tuple[str | None, torch.dtype]]
+    choices = {"--dtype bfloat16": (None, torch.bfloat16)}
+    choices |= {f"--quantize {kind}": (kind, dtype) for kind in KINDS if device.type != "mps"}
+    sizes = {name: needed(*choice) for name, choice in choices.items() if devices == 1}
+    fitting = [f"{name} ({size / GIB:.1f} GiB)" for name, size in sizes.items() if size <= free]
+    advice = f"it fits with {' or '.join(fitting)}" if fitting else "choose a smaller model"
+    raise ValueError(
+        f"the weights take {wanted / GIB:.1f} GiB in {quantize or str(dtype)[6:]}, but {device} "
+        f"has {free / GIB:.1f} GiB free; close other programs, or {advice}"
+    )
 
 
-def needed_bytes(skeleton, kind: str | None, dtype: torch.dtype) -> int:
+def needed_bytes(
+    skeleton, kind: str | None, dtype: torch.dtype, device: torch.device | None = None
+) -> int:
     """Memory for the weights of a network of which only the shapes are there. Raises ValueError if
     its rows cannot be cut into blocks."""
-    needed = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
     if kind is None:
-        return needed
+        return sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
+    if device is not None and device.type == "cpu":
+        return needed_on_cpu(skeleton, kind)
+    needed = sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
     for name, module in skeleton.named_modules():
         if type(module) is torch.nn.Linear and module is not skeleton.get_output_embeddings():
             if kind == "int4" and module.in_features % BLOCK:  # it would fail at the first token
@@ -62,3 +79,17 @@ def needed_bytes(skeleton, kind: str | None, dtype: torch.dtype) -> int:
                 else math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / SCALES)
             )
     return needed
+
+
+def needed_on_cpu(skeleton, kind: str) -> int:
+    replace_matrices(skeleton, kind)
+    packed = [module for module in skeleton.modules() if isinstance(module, PackedLinear)]
+    matrices = {id(module.weight) for module in packed} | {
+        id(module.weight_scale) for module in packed
+    }
+    others = sum(p.nbytes for p in skeleton.parameters() if id(p) not in matrices)
+    embedding = skeleton.get_input_embeddings().weight
+    others += embedding.numel() * STORED.itemsize - embedding.nbytes
+    return others + sum(
+        module.held_bytes(module.in_features, module.out_features) for module in packed
+    )

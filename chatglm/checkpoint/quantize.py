@@ -1,8 +1,9 @@
-"""`--quantize`: the matrices of the layers in 8 or 4 bits, for GPUs that the full ones do not fit.
+"""`--quantize`: the matrices of the layers in 8 or 4 bits, for machines that the full ones do not
+fit, and on a CPU for speed.
 
-bitsandbytes does it, through transformers' loading: each matrix is read, made small on the device
-and let go before the next comes, so the full network is never there. Embedding and output layer
-stay as they are.
+Either way transformers' loading does it: each matrix is read, made small and let go before the
+next comes, so the full network is never there. On a CPU cpu_quantizer.py makes them small, the
+output layer as well. On a GPU bitsandbytes does; embedding and output layer stay as they are.
 """
 
 from __future__ import annotations
@@ -14,28 +15,50 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-BLOCK = 64  # weights that share a scale, at int4
-SCALES = 256  # scales of a byte each that share a scale, at int4
+from chatglm.checkpoint.cpu_quantizer import CpuQuantizationConfig
+from chatglm.hardware.cpu_linear import PackedLinear
+
+KINDS = ("int8", "int4")
+BLOCK = 64  # weights that share a scale, at int4 on a GPU
+SCALES = 256  # scales of a byte each that share a scale, at int4 on a GPU
+FOLDER = "pip install -r chatglm/checkpoint/"
 
 
 def pick_quantization(
     kind: str | None, device: torch.device, dtype: torch.dtype
-) -> BitsAndBytesConfig | None:
-    """How to load: int8, int4 or None for in full. Raises ValueError for what cannot be.
-
-    int8 is LLM.int8 (Dettmers et al. 2022), one scale a row; int4 is NF4 with scales that are
-    quantised too (Dettmers et al. 2023, "QLoRA").
-    """
+) -> BitsAndBytesConfig | CpuQuantizationConfig | None:
+    """How to load: int8, int4 or None for in full. Raises ValueError for what cannot be."""
     if kind is None:
         return None
-    if kind not in ("int8", "int4"):
+    if kind not in KINDS:
         raise ValueError(f"quantize must be one of int8, int4, not {kind!a}")
-    if device.type not in ("cuda", "cpu"):
+    if device.type == "cpu":
+        return for_cpu(kind, dtype)
+    if device.type != "cuda":
         raise ValueError(f"quantize {kind} works on cuda and cpu, not on {device.type}")
+    return for_gpu(kind, dtype)
+
+
+def for_cpu(kind: str, dtype: torch.dtype) -> CpuQuantizationConfig:
+    if dtype != torch.float32:
+        raise ValueError(
+            f"quantize {kind} on a CPU computes in float32, not in {str(dtype)[6:]}; "
+            "leave out --dtype"
+        )
+    if kind == "int4" and not all(map(importlib.util.find_spec, ("onnxruntime", "onnx"))):
+        raise ValueError(
+            f"quantize int4 on a CPU needs extra packages: {FOLDER}requirements-int4.txt; "
+            "int8 needs none"
+        )
+    return CpuQuantizationConfig(kind)
+
+
+def for_gpu(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """int8 is LLM.int8 (Dettmers et al. 2022), one scale a row; int4 is NF4 with scales that are
+    quantised too (Dettmers et al. 2023, "QLoRA")."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"quantize {kind} needs an extra package: pip install -r "
-            "chatglm/checkpoint/requirements-quantize.txt"
+            f"quantize {kind} on a GPU needs an extra package: {FOLDER}requirements-quantize.txt"
         )
     # It warns of its own conversions, and of a kernel that it would fetch from the network.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -56,13 +79,22 @@ def wrong_shapes(model) -> list[tuple]:
     found = []
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
+        if weight is None:  # it has none, or a kernel has it
+            continue
+        expected = (
+            (module.out_features, module.in_features) if hasattr(module, "in_features") else ()
+        )
         state: Any = getattr(weight, "quant_state", None)
         if state is not None:
             shape = tuple(state.shape)
         elif hasattr(weight, "SCB"):
             shape = tuple(weight.shape)
+        elif isinstance(module, PackedLinear):
+            shape = tuple(weight.shape)
+            if not weight.is_floating_point():  # small already
+                expected = module.stored(module.in_features, module.out_features)["weight"][0]
         else:
             continue
-        if shape != (module.out_features, module.in_features):
-            found.append((f"{name}.weight", shape, (module.out_features, module.in_features)))
+        if shape != expected:
+            found.append((f"{name}.weight", shape, expected))
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,10 +23,15 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
-from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+from transformers.generation.continuous_batching.scheduler import (
+    SCHEDULER_MAPPING,
+    FIFOScheduler,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from chatglm.engine import cpu_attention
+from chatglm.engine.cpu_cache import MemoryOnFirstUse
 from chatglm.engine.cpu_glm import FusedGlmMixin
 from chatglm.engine.sequence import LatestOutput, Output, Sequence
 from chatglm.hardware.device import free_memory
@@ -63,7 +69,8 @@ class Batch:
             config.max_blocks_per_request = math.ceil(max_model_len / config.page_size)
             if isinstance(model, FusedGlmMixin):
                 model.fuse()
-        self._manager.warmup()  # builds the cache now: a lack of memory shows at start-up
+        with MemoryOnFirstUse() if model.device.type == "cpu" else nullcontext():
+            self._manager.warmup()  # builds the cache now: a lack of memory shows at start-up
         self.block_size: int = config.page_size
         self.num_blocks: int = self._manager.batch_processor.cache.num_blocks
 
@@ -122,7 +129,16 @@ def cache_config(model: PreTrainedModel, max_running: int) -> ContinuousBatching
         use_async_batching=False,
         max_memory_percent=0.8,
     )
-    if model.device.type == "cuda" and is_flash_attn_2_available():
+    whole_prompts = getattr(model, "sees_prompt_whole", False)
+    if whole_prompts:
+        # Each token of a prompt depends on all of it, so a prompt that begins alike shares nothing.
+        longest = model.config.max_position_embeddings
+        settings |= dict(
+            allow_block_sharing=False,
+            scheduler_type=WholePromptScheduler.NAME,
+            max_batch_tokens=longest + max_running,
+        )
+    elif model.device.type == "cuda" and is_flash_attn_2_available():
         return ContinuousBatchingConfig(**settings)  # flash attention needs its own block size
     # auto_switch_to_flash would download a flash attention from the model hub.
     settings |= dict(page_size=BLOCK_SIZE, auto_switch_to_flash=False)
@@ -132,10 +148,28 @@ def cache_config(model: PreTrainedModel, max_running: int) -> ContinuousBatching
         block_bytes = BLOCK_SIZE * numbers * model.dtype.itemsize  # keys and values
         affordable = int(CPU_CACHE_SHARE * free_memory(model.device) / block_bytes)
         wanted = max_running * (DEFAULT_MAX_LENGTH // BLOCK_SIZE + 1)
-        settings |= dict(
-            num_blocks=max(2, min(wanted, affordable)), max_batch_tokens=CPU_BATCH_TOKENS
-        )
+        settings |= dict(num_blocks=max(2, min(wanted, affordable)))
+        settings.setdefault("max_batch_tokens", CPU_BATCH_TOKENS)
     return ContinuousBatchingConfig(**settings)
+
+
+class WholePromptScheduler(FIFOScheduler):
+    """First come, first served, and a prompt only in a step that can take all of it."""
+
+    NAME = "whole_prompts"
+
+    def _process_candidates(self, candidates, token_budget, *rest):
+        fitting, left = [], token_budget
+        for state in candidates:
+            is_decoding = state.status == RequestStatus.DECODING
+            left -= 1 if is_decoding else len(state.remaining_prefill_tokens)
+            if left < 0:  # nobody overtakes it
+                break
+            fitting.append(state)
+        return super()._process_candidates(fitting, token_budget, *rest)
+
+
+SCHEDULER_MAPPING[WholePromptScheduler.NAME] = WholePromptScheduler
 
 
 # --- From the model thread to the event loop -----------------------------------------------------

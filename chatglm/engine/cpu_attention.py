@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.generation.continuous_batching.cache_allocators import SLIDING_ATTENTION
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from chatglm.engine.prefix_attention import prefixed_sdpa, with_prefix
 
 NAME = "paged_by_sequence"
 # Bytes of keys that are copied out of the cache for one product. With half a megabyte, the copy is
@@ -90,15 +91,19 @@ def plan_prefill(
     num_keys: int,
     locate: KeyLocations,
     window: int | None,
+    context: int,
     dtype: torch.dtype,
 ) -> Prefill:
-    """A token sees itself and the keys before it, at most `window` of them."""
+    """A token sees itself and the keys before it, at most `window` of them, and in any case the
+    first `context` keys."""
     num_new, mask = new.stop - new.start, None
     window = num_keys if window is None else window
-    if num_new < num_keys or window < num_keys:
+    if num_new < num_keys or window < num_keys or context:
         future = torch.ones(num_new, num_keys, dtype=torch.bool)
         too_late, too_old = num_keys - num_new + 1, num_keys - num_new - window
-        mask = additive_mask(future.triu(too_late) | future.tril(too_old), dtype)
+        hidden = future.triu(too_late) | future.tril(too_old)
+        hidden[:, :context] = False
+        mask = additive_mask(hidden, dtype)
     keys = locate(row[None, None], torch.arange(num_keys)[None]).squeeze(0)
     return Prefill(new, keys, mask)
 
@@ -109,10 +114,12 @@ def make_plan(
     write: torch.Tensor | None,
     locate: KeyLocations,
     window: int | None,
+    contexts: list[int],
     at_once: int,
     dtype: torch.dtype,
 ) -> Plan:
-    """From the cumulative numbers of new tokens and of keys, both with a 0 in front."""
+    """From the cumulative numbers of new tokens and of keys, both with a 0 in front. `contexts` has
+    for each sequence the number of keys that all of its tokens see."""
     num_keys = k_ends.diff()
     prefill_rows: list[torch.Tensor] = []
     if write is None:  # each sequence has one new token, whose key is its last
@@ -127,7 +134,8 @@ def make_plan(
     for row in prefill_rows:
         begin, end = q_ends[row : row + 2].tolist()
         new = slice(begin, end)
-        prefills.append(plan_prefill(row, new, int(num_keys[row]), locate, window, dtype))
+        context = contexts[int(row)]
+        prefills.append(plan_prefill(row, new, int(num_keys[row]), locate, window, context, dtype))
     all_in_order = not prefills and len(decodes) == 1
     return Plan(prefills, decodes, None if all_in_order else q_ends[decode_rows], write)
 
@@ -154,7 +162,8 @@ def plan_step(step: dict, allocator: Any, key: torch.Tensor) -> Plan:
             return places[k_ends[rows] + steps]
 
     window = step.get("sliding_window")
-    return make_plan(q_ends, k_ends, write, locate, window, at_once, key.dtype)
+    contexts = step.get("context_lengths", [0] * (len(q_ends) - 1))  # as ChatGLM-6B gives them
+    return make_plan(q_ends, k_ends, write, locate, window, contexts, at_once, key.dtype)
 
 
 # The plan of each cache's current step, with the tensor of the library's that tells steps apart.
@@ -185,7 +194,7 @@ def paged_attention(
     their own keys: those in the paged cache, and the new `key` and `value` [1, G, T, d]."""
     cache = step.get("cache")
     if cache is None or query.device.type != "cpu":
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **step)
+        return prefixed_sdpa(module, query, key, value, attention_mask, **step)
     allocator = cache.layer_to_allocator[module.layer_idx]
     plan, scale = current_plan(cache, step, allocator, key), step.get("scaling")
     if allocator.layer_type == SLIDING_ATTENTION:
@@ -198,19 +207,26 @@ def paged_attention(
         keys.index_copy_(0, plan.write, key[0].transpose(0, 1))
         values.index_copy_(0, plan.write, value[0].transpose(0, 1))
     rows = query[0].transpose(0, 1)  # [T, H, d]
-    decoded = attend_decodes(plan, rows, keys, values, scale)
+    decoded = attend_decodes(module, plan, rows, keys, values, scale)
     if plan.decode_tokens is None:
         return decoded[None], None
     out = torch.empty(rows.shape, dtype=rows.dtype)
     out[plan.decode_tokens] = decoded
     for new, places, mask in plan.prefills:
         own_keys, own_values = gather(keys, places[None]), gather(values, places[None])
+        num_new = new.stop - new.start
+        own_keys, own_values, mask = with_prefix(module, own_keys, own_values, mask, num_new)
         out[new] = attend_prefill(rows[new], own_keys, own_values, mask, scale)
     return out[None], None
 
 
 def attend_decodes(
-    plan: Plan, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
+    module: torch.nn.Module,
+    plan: Plan,
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float | None,
 ) -> torch.Tensor:
     """Attention [T', H, d] of the sequences with one new token."""
     queries = rows if plan.decode_tokens is None else rows[plan.decode_tokens]  # [T', H, d]
@@ -221,6 +237,7 @@ def attend_decodes(
         some = grouped[begin : begin + len(places)]
         begin += len(places)
         own_keys, own_values = gather(keys, places), gather(values, places)
+        own_keys, own_values, mask = with_prefix(module, own_keys, own_values, mask, num_new=1)
         done.append(
             scaled_dot_product_attention(some, own_keys, own_values, attn_mask=mask, scale=scale)
         )
@@ -239,7 +256,7 @@ def attend_prefill(
     mask: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attention [T, H, d] within one sequence: causal, or by `mask` where there are older keys."""
+    """Attention [T, H, d] within one sequence: causal, or by `mask` where there are other keys."""
     query = rows.transpose(0, 1)[None]  # [1, H, T, d]
     num_new, num_keys = query.shape[2], key.shape[2]
 

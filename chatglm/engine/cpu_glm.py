@@ -2,73 +2,73 @@
 
 transformers' GlmForCausalLM computes the same in some 400 operations a step. In a small network,
 starting them takes longer than carrying them out. Here they are about 100: q, k and v are one
-product, the rotary embedding is another, of complex numbers, and RMSNorm is one operation. The
-weights are the model's own. A GPU, other networks, half precision and quantised weights use the
-library's code.
+product, the rotary embedding is another, of complex numbers, and RMSNorm is one operation. Each
+product is by the fastest kernel for its weights (hardware/cpu_linear.py). A GPU, other networks
+and half precision use the library's code.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import rms_norm, silu
 from transformers import GlmForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chatglm.engine.cpu_attention import paged_attention
+from chatglm.hardware.cpu_linear import Product, joined_product
+
+
+class LayerProducts(NamedTuple):
+    """The four matrices of a layer, each as a function of rows [M, in]."""
+
+    qkv: Product
+    output: Product
+    gate_up: Product
+    down: Product
 
 
 class FusedGlmMixin:
-    """Stands before GlmForCausalLM in a class, and takes the engine's steps from it after `fuse`.
+    """Stands before GlmForCausalLM in a class, and takes over the engine's steps after `fuse`."""
 
-    The fused weights are buffers of each attention layer: `.to()` and `.half()` move them with the
-    model. They are in no checkpoint, because q, k and v are.
-    """
-
-    fused = False
+    products: list[LayerProducts] | None = None
+    score: Product  # of the output layer
 
     def fuse(self) -> None:
-        """Joins q, k and v, if this page can compute the model: float32 matrices on a CPU, all of
-        them in this process."""
+        """Packs the matrices as they are now, if this page can compute the model: one in float32
+        or with small matrices, on a CPU, all of it in this process."""
         model: Any = self
-        matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        self.products = None
         if (
-            self.fused
-            or model.device.type != "cpu"
+            model.device.type != "cpu"
             or torch.distributed.is_initialized()
-            or any(type(matrix) is not torch.nn.Linear for matrix in matrices)
+            or any(type(module) is not torch.nn.Linear for module in linears)
             or any(parameter.dtype != torch.float32 for parameter in model.parameters())
         ):
             return
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-            for kind in ("weight", "bias"):
-                joined = join_rows([getattr(projection, kind) for projection in projections])
-                attention.register_buffer(f"qkv_{kind}", joined, persistent=False)
-        self.fused = True
+        self.products = [
+            LayerProducts(
+                joined_product(
+                    layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+                ),
+                joined_product(layer.self_attn.o_proj),
+                joined_product(layer.mlp.gate_up_proj),
+                joined_product(layer.mlp.down_proj),
+            )
+            for layer in model.model.layers
+        ]
+        self.score = joined_product(model.lm_head)
 
     # The library looks at the signature to see which arguments the model takes.
     @functools.wraps(GlmForCausalLM.forward)
     def forward(self, *args, **inputs) -> CausalLMOutputWithPast:
-        on_this_page = self.fused and "cache" in inputs  # the paged KV cache of the engine
+        on_this_page = self.products and "cache" in inputs  # the paged KV cache of the engine
         if on_this_page and inputs["input_ids"].device.type == "cpu":
             return CausalLMOutputWithPast(logits=compute_logits(self, **inputs)[None])
         return super().forward(*args, **inputs)  # type: ignore[misc]
-
-
-def join_rows(parts: list[torch.nn.Parameter | None]) -> torch.Tensor | None:
-    """The matrices one below the other, as the published files have them. The parts become views
-    of the same memory."""
-    present = [part for part in parts if part is not None]
-    if not present:
-        return None
-    joined = torch.cat([part.data for part in present])
-    for part, rows in zip(present, joined.split([len(part) for part in present]), strict=True):
-        part.data = rows
-    return joined
 
 
 @torch.inference_mode()
@@ -94,18 +94,16 @@ def compute_logits(
     cos, sin = network.rotary_emb(x, position_ids)  # [1, T, R], the second half repeats the first
     cos, sin = (part[0, :, None].chunk(2, dim=-1)[0].contiguous() for part in (cos, sin))
     rotation = torch.complex(cos, sin)  # [T, 1, R / 2]
-    for layer in network.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        h = norm(x, layer.input_layernorm)
-        qkv = linear(h, attention.qkv_weight, attention.qkv_bias)
+    for layer, products in zip(network.layers, model.products, strict=True):
+        attention = layer.self_attn
+        qkv = products.qkv(norm(x, layer.input_layernorm))
         qkv = qkv.unflatten(-1, (-1, config.head_dim))  # [T, H + 2 G, d]
         # The first R numbers of each query and key are rotated, as R / 2 complex numbers.
         rotated = qkv[:, :-groups, : 2 * rotation.shape[-1]].unflatten(-1, (-1, 2))
         torch.view_as_complex(rotated).mul_(rotation)
         query, key, value = qkv.transpose(0, 1)[None].split(heads, dim=1)  # [1, H, T, d]
         h, _ = paged_attention(attention, query, key, value, scaling=attention.scaling, **step)
-        x = x + linear(h[0].flatten(1), attention.o_proj.weight)
-        h = norm(x, layer.post_attention_layernorm)
-        gate, up = linear(h, mlp.gate_up_proj.weight).chunk(2, dim=-1)
-        x = x + linear(silu(gate) * up, mlp.down_proj.weight)
-    return linear(norm(x[logits_to_keep], network.norm), model.lm_head.weight)
+        x = x + products.output(h[0].flatten(1))
+        gate, up = products.gate_up(norm(x, layer.post_attention_layernorm)).chunk(2, dim=-1)
+        x = x + products.down(silu(gate) * up)
+    return model.score(norm(x[logits_to_keep], network.norm))

@@ -194,7 +194,7 @@ class Engine:
         self._enqueue(sequence)
         try:
             yield Chunk("", "", 0, 0)  # queued; `submit` takes this one
-            detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.anchor)
+            detokenizer = self.tokenizer.detokenizer()
             while sequence.stats.finish_reason is None:
                 yield self._chunk(sequence, await sequence.latest.next(), detokenizer)
         except EngineError as error:

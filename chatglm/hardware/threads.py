@@ -11,6 +11,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from chatglm.hardware.cpu_linear import count_numbers
+
 SMALL_MODEL_PARAMETERS = 20_000_000  # a smaller network gains little from more than two cores
 LOOK_EVERY = 0.25  # seconds between two looks at what other processes use
 
@@ -58,7 +60,7 @@ def install_thread_policy(model: PreTrainedModel) -> RemovableHandle | None:
     takes several times as long as with one thread. Returns what removes the policy, or None for a
     network that keeps torch's usual number of threads.
     """
-    if model.device.type != "cpu" or model.num_parameters() >= SMALL_MODEL_PARAMETERS:
+    if model.device.type != "cpu" or count_numbers(model) >= SMALL_MODEL_PARAMETERS:
         return None
     most, free_cores = min(2, torch.get_num_threads()), FreeCores()
 

@@ -20,8 +20,16 @@ class Detokenizer:
     ''
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], anchor: int) -> None:
-        self._decode = decode
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        anchor: int,
+        clean: Callable[[str], str] = str,
+        count_unsettled: Callable[[str], int] = lambda text: 0,
+    ) -> None:
+        """`clean` is done to decoded text, and `count_unsettled` says how many of the last
+        characters it may still change."""
+        self._decode, self._clean, self._count_unsettled = decode, clean, count_unsettled
         self._anchor = anchor
         self._anchor_text = decode([anchor])
         self._settled = ""
@@ -33,7 +41,8 @@ class Detokenizer:
         tail = self._tail(self._ids)
         # An unfinished character has three bytes at most, so older broken ones stay broken.
         held = min(3, len(tail) - len(tail.rstrip(REPLACEMENT)))
-        self.text = self._settled + tail[: len(tail) - held]
+        held = held or self._count_unsettled(tail)
+        self.text = self._settled + self._clean(tail[: len(tail) - held])
         if tail and not held:
             self._settled, self._ids = self.text, []
             return
@@ -44,7 +53,7 @@ class Detokenizer:
 
     def finish(self) -> str:
         """The whole text, including a broken character at its end."""
-        self.text = self._settled + self._tail(self._ids)
+        self.text = self._settled + self._clean(self._tail(self._ids))
         return self.text
 
     def _tail(self, ids: list[int]) -> str:
@@ -57,6 +66,8 @@ class Detokenizer:
         for at in range(len(self._ids) - 1, 0, -1):
             before = self._tail(self._ids[:at])
             rest = self._decode([self._anchor, *self._ids[at:]])[len(self._anchor_text) :]
-            if before and len(rest) > 3 and before + rest == tail:
-                self._settled, self._ids = self._settled + before, self._ids[at:]
+            cleaned = self._clean(before) + self._clean(rest)
+            settled = self._count_unsettled(before + rest[:2]) <= 2
+            if before and len(rest) > 4 and settled and cleaned == self._clean(tail):
+                self._settled, self._ids = self._settled + self._clean(before), self._ids[at:]
                 return

@@ -1,19 +1,19 @@
-"""Text to token ids and back: the two published ChatGLM chat formats, and chat templates.
+"""Text to token ids and back: the chat formats of ChatGLM2 and ChatGLM3.
 
-The tokenizers share one interface, `Tokenizer`. Nothing else in the project knows which it holds.
+All tokenizers share one interface, `Tokenizer`, and nothing else in the project knows which one
+it holds. Chat templates are in template.py, the first generation in chatglm1.py.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from typing import Protocol
 
 from sentencepiece import SentencePieceProcessor
-from transformers import PreTrainedTokenizerBase
 
-from chatglm.text.tools import INTRODUCTION
+from chatglm.text.detokenizer import Detokenizer
+from chatglm.text.rounds import to_rounds
 
 # After the SentencePiece pieces come these, in this order (published tokenization_chatglm.py).
 COMMON_SPECIALS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
@@ -38,6 +38,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Text of any ids."""
+
+    def detokenizer(self) -> Detokenizer:
+        """For the text of an answer while it comes."""
 
     def visible(self, raw: str, finished: bool) -> str:
         """What a user sees of an answer so far. While it is not `finished`, it only grows."""
@@ -103,138 +106,42 @@ class ChatGLMTokenizer:
                 pieces.append(self.sp.id_to_piece(i))
         return self.sp.decode_pieces(pieces)
 
+    def detokenizer(self) -> Detokenizer:
+        return Detokenizer(self.decode, self.anchor)
+
     def visible(self, raw: str, finished: bool) -> str:
         """What a user sees of a reply so far: ChatGLM3 replies begin with a metadata line.
 
         White space at the end is held back until something follows it, so that the text only
         ever grows.
         """
-        if self.chat_format == "chatglm2":
-            return raw.strip()
-        metadata, newline, content = raw.partition("\n")
-        if newline and is_tool_name(metadata):
-            return content.strip()
-        # Fine-tunes exist that leave the metadata line out. Until its newline comes, only a first
-        # line that cannot be a tool's name shows that this is such a one.
-        return "" if is_tool_name(metadata) and not finished else raw.strip()
+        return raw.strip() if self.chat_format == "chatglm2" else without_metadata(raw, finished)
+
+
+def without_metadata(raw: str, finished: bool) -> str:
+    """A reply of ChatGLM3 or GLM-4 so far, without the line that it begins with: empty, or a
+    tool's name.
+
+    >>> without_metadata("get_weather\\n{}", finished=True)
+    '{}'
+    """
+    metadata, newline, content = raw.partition("\n")
+    if newline and is_tool_name(metadata):
+        return content.strip()
+    # Fine-tunes exist that leave the metadata line out. Until its newline comes, only a first
+    # line that cannot be a tool's name shows that this is such a one.
+    return "" if is_tool_name(metadata) and not finished else raw.strip()
 
 
 def is_tool_name(line: str) -> bool:
-    return re.fullmatch(r"\s*[A-Za-z0-9_.\-]{0,64}\s*", line) is not None
+    return re.fullmatch(r"\s*([A-Za-z_][A-Za-z0-9_.\-]{0,63})?\s*", line) is not None
 
 
 def chatglm2_prompt(messages: list[dict]) -> str:
     """`[Round 1]\\n\\n问：…\\n\\n答：…\\n\\n[Round 2]\\n\\n问：…\\n\\n答：` (published
-    `build_prompt`).
-
-    The format has no system role: a system message goes in front of the first question.
-    """
-    text, rounds, preface = "", 0, ""
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role == "system":
-            preface = content + "\n\n"
-        elif role == "user":
-            rounds += 1
-            text += f"[Round {rounds}]\n\n问：{preface}{content}\n\n答："
-            preface = ""
-        elif role == "assistant":
-            text += f"{content}\n\n"
-        else:
-            raise ValueError(
-                f"role must be one of system, user, assistant, not {role!a}: "
-                "ChatGLM2 has no tools, so it takes no observation"
-            )
-    return text
-
-
-class TemplateTokenizer:
-    """A tokenizer that `transformers` ships, with the checkpoint's chat template."""
-
-    chat_format = "template"
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> None:
-        self.hf = tokenizer
-        # A copy for users' words: the library keeps split_special_tokens as a state of the
-        # tokenizer, and requests are prepared in several threads.
-        self._plain = copy.deepcopy(tokenizer)
-        self.stop_ids = stop_ids
-        self.vocab_size = len(tokenizer)
-        self.anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
-        self.longest_token = max(map(len, tokenizer.get_vocab()))
-        # What stands for a special token's name where a user wrote it, see `encode_chat`.
-        names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self._marks = {f"\ue000{n}\ue001": name for n, name in enumerate(names)}
-        self._template = str(tokenizer.chat_template)
-        self._tool_role = "observation" if "observation" in self._template else "tool"
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text: a special token's name is taken apart like any other word."""
-        return self._plain(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    def encode_chat(self, messages: list[dict]) -> list[int]:
-        """The prompt up to where the model answers. Raises ValueError if the template refuses.
-
-        A special token's name that a user wrote goes through the template as a mark of two
-        private-use characters, and comes out as plain text.
-        """
-        tools = next((m["tools"] for m in messages if m.get("tools")), None)
-        if tools:
-            tools = [
-                tool if "function" in tool else {"type": "function", "function": tool}
-                for tool in json.loads(self._mark(json.dumps(tools, ensure_ascii=False)))
-            ]
-        messages = [self._message(m) for m in messages]
-        messages = [m for m in messages if m["content"] or m["role"] != "system"]
-        ids = []
-        for part in re.split("(\ue000\\d+\ue001)", self._render(messages, tools)):
-            if part in self._marks:
-                ids += self.encode(self._marks[part])
-            else:
-                ids += self.hf(part, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def _message(self, message: dict) -> dict:
-        """A message as templates want it, users' words marked."""
-        content = message["content"]
-        if content.endswith(INTRODUCTION):  # templates have one of their own
-            content = content.removesuffix(INTRODUCTION).rstrip()
-        new = {"role": message["role"], "content": self._mark(content)}
-        if message["role"] == "observation":
-            new["role"] = self._tool_role
-        if "metadata" in message:
-            new["metadata"] = self._mark(message["metadata"])
-        if "arguments" in message:  # a call: as tool_calls, or GLM-4's name and JSON
-            arguments = self._mark(json.dumps(message["arguments"], ensure_ascii=False))
-            function = {"name": new["metadata"], "arguments": json.loads(arguments)}
-            new |= (
-                {"content": "", "tool_calls": [{"type": "function", "function": function}]}
-                if "tool_calls" in self._template
-                else {"content": arguments}
-            )
-        return new
-
-    def _mark(self, text: str) -> str:
-        for mark, name in self._marks.items():
-            text = text.replace(name, mark)
-        return text
-
-    def _render(self, messages: list[dict], tools: list | None) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return str(
-                self.hf.apply_chat_template(
-                    messages, tools=tools, add_generation_prompt=True, tokenize=False
-                )
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
-
-    def decode(self, ids: list[int]) -> str:
-        ids = [i for i in ids if 0 <= i < self.vocab_size]
-        text = self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
-
-    def visible(self, raw: str, finished: bool) -> str:
-        return raw.strip()
+    `build_prompt`)."""
+    rounds = [
+        f"[Round {number}]\n\n问：{question}\n\n答：{answer}"
+        for number, (question, answer) in enumerate(to_rounds(messages, between="\n\n"), start=1)
+    ]
+    return "\n\n".join(rounds)
