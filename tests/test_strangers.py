@@ -19,6 +19,9 @@ import requests
 
 import chatglm
 from api import Chat
+from chatglm.checkpoint.files import is_whole
+from chatglm.text.template import TemplateTokenizer
+from chatglm.text.tokenizer import is_tool_name
 from server.clients import network_of
 from server.keys import read_keys
 from server.logs import CleanFormatter
@@ -28,6 +31,7 @@ from server.settings import Settings, parse_settings
 from server.stops import StopSearch
 from test_api import ENDLESS, ask
 from tests.servers import BARE, HERE, LIMIT, busy, started, until
+from tests.test_tools import byte_tokenizer
 
 V1 = "/v1/chat/completions"
 HI = {"messages": [{"role": "user", "content": "hi"}]}
@@ -517,3 +521,38 @@ def test_a_missing_key_file_ends_the_start():
         cwd=HERE, env=BARE, timeout=120, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 2 and "--api-key-file" in run.stderr and run.stderr.count("\n") == 1
+
+
+# --- 7. Files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[]", b"5", b'{"a": 5}', b'{"a": {"data_offsets": [0]}}', b"[" * 100_000, b'{"a": null}'],
+)
+def test_a_header_that_is_no_header_means_a_damaged_file(tmp_path, header):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 9)
+    assert not is_whole(file)
+
+
+def test_a_header_as_large_as_the_file_is_not_read(tmp_path):
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as sparse:
+        sparse.write((10**11 - 9).to_bytes(8, "little"))
+        sparse.truncate(10**11)
+    assert not is_whole(file)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ messages[9].a.b }}"])
+def test_whatever_a_chat_template_raises_is_a_refusal(template):
+    plain = byte_tokenizer()
+    plain.chat_template = template
+    with pytest.raises(ValueError, match="chat template"):
+        TemplateTokenizer(plain, [0]).encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_line_of_spaces_is_seen_in_time_to_be_no_name():
+    begun = time.process_time()
+    assert not is_tool_name(" " * 100_000 + "\u4e00")
+    assert time.process_time() - begun < 1
