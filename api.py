@@ -27,7 +27,6 @@ its client disconnects, and its place is free.
 
 import asyncio
 import gc
-import logging
 import re
 import sys
 import time
@@ -35,7 +34,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 
-import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from pydantic import ConfigDict, Field
@@ -44,9 +42,13 @@ from starlette.exceptions import HTTPException
 import chatglm
 from chatglm.text.messages import extend_history, to_messages
 from server import openai_api, sse
-from server.admission import AUTH, AllowedOrigins, admit
-from server.bodies import ChatBody, RepetitionPenalty, Seed, Temperature, TopP
+from server.admission import AUTH, admit
+from server.bodies import ChatBody, History, RepetitionPenalty, Seed, Temperature, TopP
+from server.browsers import Browsers
+from server.connections import uvicorn_config
 from server.listener import bind, url_of
+from server.logs import setup_log
+from server.preparation import FairPool
 from server.refusals import REFUSAL, documented, error_response
 from server.responses import AnswerResponse, unless_disconnected
 from server.settings import Settings, parse_settings
@@ -62,7 +64,7 @@ class Chat(ChatBody):
 
     model_config = ConfigDict(json_schema_extra={"example": {"prompt": "你好"}})
     prompt: str = Field(description="what the user says")
-    history: list = Field([], description='[query, response] pairs, or {"role", "content"} dicts')
+    history: History = []
     max_length: int = Field(2048, ge=1, description="tokens of prompt and answer; 0 is absent")
     top_p: TopP = 0.7
     temperature: Temperature = 0.95
@@ -175,8 +177,7 @@ async def page(request: Request) -> Response:
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
     """The engine runs from before the first request to after the last."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("chatglm").setLevel(logging.INFO)
+    setup_log()
     if not hasattr(app.state, "loaded"):  # under `uvicorn api:app` there was no main()
         load(parse_settings([]))
     gc.freeze()  # exempts what is loaded from garbage collection: a scan takes 0.5 s, also at exit
@@ -190,7 +191,7 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         max_length=settings.max_length,
         timeout=settings.timeout,
     ) as engine:
-        app.state.engine = engine
+        app.state.engine, app.state.preparation = engine, FairPool()
         yield
 
 
@@ -212,7 +213,7 @@ app = FastAPI(title="A ChatGLM chat server", lifespan=lifespan)
 app.include_router(router)
 app.include_router(sse.make_router(Chat))
 app.include_router(openai_api.router)
-app.add_middleware(AllowedOrigins)
+app.add_middleware(Browsers)
 app.add_exception_handler(HTTPException, error_response)
 app.add_exception_handler(chatglm.EngineError, error_response)
 
@@ -220,7 +221,7 @@ app.add_exception_handler(chatglm.EngineError, error_response)
 def announce(url: str, settings: Settings) -> None:
     """Says where the server listens, and how to chat with it."""
     if not settings.keys and settings.host not in ("127.0.0.1", "localhost", "::1"):
-        print("Anyone who reaches this machine may use it: --api-key asks for a key")
+        print("Anyone who reaches this machine may use it: --api-key-file asks for a key")
     flag = "" if settings.port == 8000 else f" --url {url}"
     print(f"Listening on {url}\nTo chat, in another terminal: python client.py{flag}", flush=True)
 
@@ -235,8 +236,9 @@ def main() -> None:
         sys.exit(f"api.py: {error}")
     listener.listen()
     announce(url_of(listener), settings)
-    config = uvicorn.Config(app, log_level="warning", access_log=False)
-    Server(config, lambda: app.state.engine.stop(), settings.grace).run(sockets=[listener])
+    Server(uvicorn_config(app, settings), lambda: app.state.engine.stop(), settings.grace).run(
+        sockets=[listener]
+    )
 
 
 if __name__ == "__main__":

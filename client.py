@@ -9,6 +9,7 @@ Ctrl-C stops an answer, on the server too. It needs `requests`; with `rich`, it 
 import argparse
 import codecs
 import io
+import json
 import re
 import signal
 import sys
@@ -22,10 +23,15 @@ import requests
 
 MARKER = "<^>"  # begins each frame; what follows it is the whole text so far
 REDRAW_INTERVAL = 1 / 15  # seconds
+LONGEST_REFUSAL = 2**16  # bytes that are read of one
 
 
 class ChatError(Exception):
-    """No answer, or not all of it; the message says what to tell the user."""
+    """No answer, or not all of it; the message says what to tell the user. The server may have
+    written some of it, so it is cleaned like an answer."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(strip_controls(message))
 
 
 # --- Reading the stream ----------------------------------------------------------------------
@@ -62,8 +68,13 @@ def unescape(text: str) -> str:
 
 
 def strip_controls(text: str) -> str:
-    """Without control characters, which could clear the screen; tabs and line ends stay."""
-    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+    """Without what a terminal obeys instead of showing it: control characters, which could clear
+    the screen, and marks that write text backwards. Tabs and line ends stay."""
+    return re.sub(
+        "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb]",
+        "",
+        text,
+    )
 
 
 def answer(args: argparse.Namespace, prompt: str, history: list) -> Generator[str, None, None]:
@@ -104,13 +115,18 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Generator[st
 def read_refusal(response: requests.Response) -> tuple[str, str | None]:
     """What a refusal says to people, and its code for programs. Another server, such as a proxy,
     may send anything."""
+    content = b""
+    for part in response.iter_content(4096):
+        content += part
+        if len(content) > LONGEST_REFUSAL:
+            break
     try:
-        refusal = response.json()
-    except ValueError:
+        refusal = json.loads(content)
+    except (ValueError, RecursionError):
         refusal = None
     if isinstance(refusal, dict) and "detail" in refusal:
-        return str(refusal["detail"]), refusal.get("code")
-    return response.text[:200], None
+        return str(refusal["detail"])[:1000], refusal.get("code")
+    return content.decode("utf-8", "replace")[:200], None
 
 
 # --- Showing it: a display is a context manager with a function that shows the text so far ----
@@ -190,11 +206,11 @@ def deferred_interrupt() -> Iterator[None]:
 
 
 def markdown(text: str) -> Any:
-    """rich's Markdown, with every line end kept, and HTML shown instead of left out."""
+    """rich's Markdown, with every line end kept, and HTML and where links lead shown."""
     from rich.markdown import Markdown
 
     shown_as = {"html_block": "fence", "softbreak": "hardbreak", "html_inline": "text"}
-    document = Markdown(text)
+    document = Markdown(text, hyperlinks=False)  # a link shows where it leads
     for token in document.parsed:
         for part in [token, *(token.children or [])]:
             part.type = shown_as.get(part.type, part.type)

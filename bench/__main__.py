@@ -8,11 +8,13 @@
         --weights FOLDER --peer llama.cpp=http://127.0.0.1:8080     # see sizes.py
     python -m bench growth              # what a longer answer and more clients cost
     python -m bench soak --minutes 10   # good, bad, slow and vanishing clients, all mixed
+    python -m bench soak --hostile      # the same beside strangers who send what they should not
+    python -m bench fair                # two clients beside one that opens 330 connections
     python -m bench decode --preset chatglm3-6b          # how near a GPU comes to its limit
     python -m bench scale               # what Ray Serve costs, and how many GPUs a class needs
 
 Reading order: weights.py, sizes.py, textbook.py, contenders.py, load.py, canned.py, compare.py,
-report.py, growth.py, soak.py, decode.py, scale.py.
+report.py, growth.py, soak.py, hostile.py, fair.py, decode.py, scale.py.
 """
 
 import argparse
@@ -69,6 +71,10 @@ def parser() -> argparse.ArgumentParser:
     soak = add("soak", help="does every answer arrive, and is it the right one?")
     soak.add_argument("--minutes", type=float, default=10)
     soak.add_argument("--clients", type=int, default=24, help="at once (default: 24)")
+    soak.add_argument("--hostile", action="store_true", help="sixty good clients among strangers")
+    fair = add("fair", help="how long two clients wait beside a greedy one")
+    fair.add_argument("--connections", type=int, default=330, help="of the greedy one")
+    fair.add_argument("--questions", type=int, default=20, help="of each of the two (default: 20)")
     decode = add("decode", help="decode speed against the device's memory bandwidth")
     decode.add_argument("--preset", choices=["tiny", "1.5b", "chatglm3-6b"], default="tiny")
     decode.add_argument("--device", default="auto")
@@ -80,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     scale.add_argument("--clients", type=numbers, help="default: 1,8,32")
     scale.add_argument("--tokens", type=int, help="of an answer (default: 100)")
     scale.add_argument("--repeats", type=int, help="default: 3")
-    for command in (compare, growth, soak, decode, scale):
+    for command in (compare, growth, soak, fair, decode, scale):
         command.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     for command in (compare, growth, scale):
         command.add_argument("--quick", action="store_true", help="short settings")

@@ -123,10 +123,12 @@ def question(host: str, method: str, path: str, body: bytes = b"") -> bytes:
     return head.encode() + body
 
 
-async def connect(host: str, port: int, rate: float | None = None):
-    """A connection; for a slow reader, one whose buffers hold little."""
+async def connect(host: str, port: int, rate: float | None = None, source: str = ""):
+    """A connection; for a slow reader, one whose buffers hold little. `source` is an address of
+    this machine, for the server to see: on Linux, it has all from 127.0.0.1 to 127.255.255.254."""
     if rate is None:
-        return await asyncio.open_connection(host, port, limit=2**20)
+        local = (source, 0) if source else None
+        return await asyncio.open_connection(host, port, limit=2**20, local_addr=local)
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BUFFER)
     raw.setblocking(False)
@@ -143,16 +145,17 @@ async def ask(
     rate: float | None = None,
     hang_up_after: int | None = None,
     patience: float = PATIENCE,
+    source: str = "",
 ) -> Answer:
     """One question and its answer. `rate`: bytes a second that are taken; `hang_up_after`: bytes
-    after which the client goes away without a word; `patience`: seconds."""
+    after which the client goes away without a word; `patience`: seconds; `source`: see connect."""
     answer, wire = Answer(time.perf_counter()), Wire()
     reading = Frames() if style == "frames" else Events()
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     writer = None
     try:
         async with asyncio.timeout(patience):
-            reader, writer = await connect(host, port, rate)
+            reader, writer = await connect(host, port, rate, source)
             writer.write(question(host, "POST", path, body))
             while data := await reader.read(SLOW_BUFFER if rate else 2**16):
                 take(answer, wire, reading, data)

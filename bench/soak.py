@@ -118,7 +118,11 @@ def make_questions() -> list[Question]:
 
 
 async def put(
-    soak: Soak, chosen: Question, rate: float | None = None, hang_up_after: int | None = None
+    soak: Soak,
+    chosen: Question,
+    rate: float | None = None,
+    hang_up_after: int | None = None,
+    source: str = "",
 ) -> Answer:
     return await ask(
         soak.server.host,
@@ -129,6 +133,7 @@ async def put(
         rate,
         hang_up_after,
         STUCK,
+        source,
     )
 
 
@@ -218,6 +223,10 @@ async def run(server: Running, settings: argparse.Namespace) -> tuple[Soak, dict
 
 def main(settings: argparse.Namespace) -> int:
     """Prints and saves the counts. Returns the exit status: 1 if a single answer went wrong."""
+    if settings.hostile:
+        from bench import hostile  # which needs what is above
+
+        return hostile.main(settings)
     with serving(our_server()) as server:
         soak, state = asyncio.run(run(server, settings))
     counts = {kind: soak.counts[kind] for kind in (*KINDS, *FAULTS)}

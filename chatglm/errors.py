@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 
@@ -36,7 +37,16 @@ class QueueFull(EngineError):
     """Too many requests are queued. The same request may be served a little later."""
 
 
+SHORT = reprlib.Repr()  # of a large or deep value, Python's own repr would write out all
+SHORT.maxlist = SHORT.maxdict = SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 80
+
+
 def preview(value: Any) -> str:
     """A value as an error message shows it: ASCII, 80 characters at most."""
-    text = ascii(value)
+    if isinstance(value, str):
+        text = ascii(value[:80])
+    elif isinstance(value, (list, tuple, dict)):
+        text = SHORT.repr(value).encode("ascii", "backslashreplace").decode()
+    else:
+        text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,13 +1,16 @@
 """What a course's own server would not have: keys, refusals, events, OpenAI's format, shutdown.
 
-    settings.py     flags and environment variables
-    bodies.py       what every JSON body has in common: strict types, errors that name the field
+    settings.py, keys.py    flags and environment variables, and the keys among them
+    bodies.py, parsing.py   what every JSON body has in common: strict types, limits, and errors
+                            that name the field
     admission.py    from a request to an answer under way: key, body, engine
+    clients.py, preparation.py    who asks, and the threads in which clients take turns
+    browsers.py     web pages of other origins
     refusals.py     where a 400, 401, 413, 429 or 503 gets its form
     responses.py    an answer on its way to a client that may disconnect
     sse.py          /stream, server-sent events
-    openai_request.py, openai_api.py    /v1, OpenAI's chat completions
-    listener.py, shutdown.py    from the port to the last answer
+    openai_request.py, openai_api.py, stops.py    /v1, OpenAI's chat completions
+    listener.py, connections.py, shutdown.py, logs.py    from the port to the last answer
 
 Nothing here imports torch, and nothing in chatglm/ imports this.
 """

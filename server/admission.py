@@ -10,13 +10,14 @@ from typing import Annotated, Generic, NamedTuple, TypeVar
 
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 import chatglm
 from server.bodies import ChatBody
+from server.browsers import refuse_other_sites
+from server.clients import client_of
 from server.refusals import BadRequest
+from server.responses import unless_disconnected
 
 UPLOAD_TIMEOUT = 60  # seconds for a body to arrive, so that a slow upload cannot hold a connection
 logger = logging.getLogger("chatglm")
@@ -34,21 +35,26 @@ async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
     """Reads, checks and queues a request. Raises HTTPException if it cannot be served, EngineError
     if nothing can be served now; after that, the response may start."""
     engine: chatglm.Engine = request.app.state.engine
-    try:
-        if request.method == "GET":
-            body = body_type.from_query(request.query_params)
-        else:
-            body = body_type.from_json(await read_body(request))
-        messages = body.to_messages()
-        # In a thread: tokenising a megabyte on the event loop would hold up every stream.
-        sequence = await asyncio.to_thread(
-            engine.prepare, messages, body.sampling_params(), body.forced_prefix()
+    content = b"" if request.method == "GET" else await read_body(request)
+
+    def prepare() -> tuple[Body, str, chatglm.Sequence]:
+        is_get = request.method == "GET"
+        body = (
+            body_type.from_query(request.query_params) if is_get else body_type.from_json(content)
         )
+        messages = body.to_messages()
+        sequence = engine.prepare(messages, body.sampling_params(), body.forced_prefix())
+        return body, messages[-1]["content"], sequence
+
+    client = client_of(request)
+    preparing = request.app.state.preparation.run(client, prepare)
+    try:
+        body, question, sequence = await unless_disconnected(request, preparing)
     except ValueError as error:
         raise BadRequest(error) from error
     if request.app.state.settings.log_prompts:
-        logger.info("prompt: %s", messages[-1]["content"])
-    return Admitted(body, await engine.submit(sequence))
+        logger.info("prompt: %s", question)
+    return Admitted(body, await engine.submit(sequence, client))
 
 
 async def read_body(request: Request) -> bytes:
@@ -88,19 +94,4 @@ async def require_api_key(
         )
 
 
-AUTH = [Depends(require_api_key)]
-
-
-class AllowedOrigins:
-    """CORS: browsers let pages of the origins in the settings ask. Starlette's own middleware must
-    know them when it is built; under `uvicorn api:app` that is before there are settings."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self.app
-        if scope["type"] == "http":
-            origins = scope["app"].state.settings.origins
-            app = CORSMiddleware(app, origins, allow_methods=["*"], allow_headers=["*"])
-        await app(scope, receive, send)
+AUTH = [Depends(refuse_other_sites), Depends(require_api_key)]  # in this order

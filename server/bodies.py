@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -20,13 +21,35 @@ from pydantic import (
 
 from chatglm import InvalidField, SamplingParams
 from chatglm.errors import preview
+from server.parsing import check_values, parse
 
+
+def greedy_if_tiny(temperature: float) -> float:
+    """Many programs write 1e-6 for greedy. As a divisor it would make every score infinite."""
+    return temperature if temperature >= COLDEST else 0.0
+
+
+COLDEST = 0.01
 # How the next token is chosen; the same in every protocol.
 TopP = Annotated[float, Field(gt=0, le=1, description="nucleus sampling; 0 counts as absent")]
-Temperature = Annotated[float, Field(ge=0, le=2, description="0 is greedy")]
-RepetitionPenalty = Annotated[float, Field(gt=0, le=2, description="over 1 discourages repetition")]
+Temperature = Annotated[
+    float,
+    Field(ge=0, le=2, description=f"0 is greedy, and so is what is under {COLDEST}"),
+    AfterValidator(greedy_if_tiny),
+]
+RepetitionPenalty = Annotated[
+    float, Field(ge=0.5, le=2, description="over 1 discourages repetition")
+]
+History = Annotated[
+    list,
+    Field(max_length=20_000, description='[query, response] pairs, or {"role", "content"} dicts'),
+]
 Seed = Annotated[int | None, Field(ge=0, lt=2**32, description="makes an answer repeatable")]
 
+LIMITS = {
+    "too_long": "must have at most {max_length} entries",
+    "string_too_long": "must have at most {max_length} characters each",
+}
 ZERO_IS_ABSENT = {"max_length", "top_p"}  # as in the textbook's `top_p or 0.7`
 PROBLEMS = {  # what would do, by pydantic's error types; in braces, what pydantic knows of it
     "missing": "is required",
@@ -45,6 +68,7 @@ PROBLEMS = {  # what would do, by pydantic's error types; in braces, what pydant
     "less_than_equal": "must be less than or equal to {le:g}",
     "literal_error": "must be {expected}",
     "too_short": "must not be empty",
+    **LIMITS,
     "string_pattern_mismatch": "must match {pattern}",
     "value_error": "{error}",
 }
@@ -53,7 +77,7 @@ PROBLEMS = {  # what would do, by pydantic's error types; in braces, what pydant
 def problem(error: Mapping[str, Any]) -> str:
     """What is wrong with a field, from one of pydantic's errors."""
     wanted = PROBLEMS.get(error["type"], "must be as in /docs").format(**error.get("ctx", {}))
-    if error["type"] in ("missing", "too_short"):  # there is no value to show
+    if error["type"] in ("missing", "too_short", "too_long"):  # there is no value to show
         return wanted
     return f"{wanted}, not {preview(error['input'])}"
 
@@ -65,6 +89,9 @@ def one_of(forms: str) -> WrapValidator:
         try:
             return validate(value)
         except ValidationError as error:
+            for each in error.errors(include_url=False):
+                if each["type"] in ("too_long", "string_too_long"):
+                    raise ValueError(LIMITS[each["type"]].format(**each["ctx"])) from error
             raise ValueError(f"must be {forms}") from error
 
     return WrapValidator(check)
@@ -109,13 +136,14 @@ class ChatBody(StrictModel):
         return ""
 
     @classmethod
+    def uses(cls, field: str) -> bool:
+        """Whether a field means anything here. Others are dropped unread, whatever they hold."""
+        return field in cls.model_fields
+
+    @classmethod
     def from_json(cls, body: bytes) -> Self:
         """Raises ValueError if it is not JSON, InvalidField if a field is wrong."""
-        try:
-            fields = json.loads(body.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
-            raise ValueError(f"the body must be a JSON object, as in /docs: {error}") from error
-        return cls.from_fields(fields)
+        return cls.from_fields(parse(body))
 
     @classmethod
     def from_query(cls, query: Mapping[str, str]) -> Self:
@@ -130,6 +158,10 @@ class ChatBody(StrictModel):
     @classmethod
     def from_fields(cls, fields: object) -> Self:
         """From what was JSON. Raises ValueError, naming the first field that is wrong."""
+        if isinstance(fields, dict):
+            fields = {name: value for name, value in fields.items() if cls.uses(name)}
+            for name, value in fields.items():
+                check_values(name, value)
         try:
             return cls.model_validate(fields)
         except ValidationError as errors:

@@ -23,6 +23,7 @@ from server.openai_request import ChatCompletionRequest
 from server.refusals import documented, openai_error
 from server.responses import unless_disconnected
 from server.sse import EventStream, json_event
+from server.stops import StopSearch
 
 # --- 1. The answer ---------------------------------------------------------------------------
 
@@ -41,7 +42,7 @@ async def deltas(
 ) -> AsyncGenerator[Delta, None]:
     """Text as it comes, up to a stop sequence; a call of one of `names` once it is complete. The
     last one has a `finish_reason`."""
-    sent = 0
+    sent, search = 0, StopSearch(stops)
     async with aclosing(chunks):
         async for chunk in chunks:
             reason = chunk.finish_reason
@@ -50,29 +51,13 @@ async def deltas(
             if reason and (call := read_call(chunk.raw, names)):
                 yield Delta("", call, "tool_calls", chunk)
                 return
-            text, stopped = before_stop(chunk.text, stops, ended=reason is not None)
+            text, stopped = search.before_stop(chunk.text, ended=reason is not None)
             reason = "stop" if stopped else reason
             if len(text) > sent or reason:
                 yield Delta(text[sent:], None, reason, chunk)
                 sent = len(text)
             if reason:
                 return
-
-
-def before_stop(text: str, stops: list[str], ended: bool) -> tuple[str, bool]:
-    """The text before the first stop sequence, and whether there is one. While more may come, an
-    end that may be the beginning of one is held back.
-
-    >>> before_stop("a, b", [", b"], False), before_stop("a, ", [", b"], False)
-    (('a', True), ('a', False))
-    """
-    found = [text.find(stop) for stop in stops if stop in text]
-    if found:
-        return text[: min(found)], True
-    if ended:
-        return text, False
-    held = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    return text[: len(text) - max(held, default=0)], False
 
 
 class ChatCompletionReply:

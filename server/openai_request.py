@@ -13,7 +13,6 @@ from pydantic import ConfigDict, Field
 
 from chatglm import InvalidField, SamplingParams
 from chatglm.errors import preview
-from chatglm.text.messages import check_text
 from chatglm.text.tools import declare, write_call
 from server.bodies import (
     ChatBody,
@@ -24,8 +23,17 @@ from server.bodies import (
     TopP,
     one_of,
 )
+from server.parsing import check_values
 
 ROLES = {"developer": "system", "tool": "observation", "function": "observation"}  # our names
+
+# Limits that real requests do not meet. The first entry that is wrong is refused (fail_fast): an
+# error for each of 300,000 would take seconds.
+MESSAGES = Field(min_length=1, max_length=20_000, fail_fast=True)
+PARTS = Field(max_length=1000, fail_fast=True)
+TOOLS = Field(max_length=1000, fail_fast=True)
+STOPS = Field(max_length=32, fail_fast=True)
+Stop = Annotated[str, Field(max_length=500)]
 
 # What would change the answer and is not supported, with the values that ask for nothing.
 UNSUPPORTED: dict[str, list[Any]] = {
@@ -47,7 +55,7 @@ class ContentPart(StrictModel):
 
 
 Content = Annotated[
-    str | list[ContentPart] | None,
+    str | Annotated[list[ContentPart], PARTS] | None,
     one_of('a string or a list of {"type": "text", "text": …} parts'),
 ]
 
@@ -64,14 +72,13 @@ class MessageToolCall(StrictModel):
 class Message(StrictModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Annotated[list[MessageToolCall], TOOLS] | None = None
 
     def to_messages(self, where: str) -> list[dict]:
         """As the tokenizer takes them: what is said, then each call. Raises InvalidField."""
         content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
-        check_text(content, f"{where}.content")
         calls = [
             write_call(
                 call.function.name,
@@ -106,6 +113,11 @@ ToolChoice = Annotated[
 ]
 
 
+StopSequences = Annotated[
+    Stop | Annotated[list[Stop], STOPS], one_of("a string or a list of strings")
+]
+
+
 class StreamOptions(StrictModel):
     include_usage: bool = False
 
@@ -121,19 +133,23 @@ class ChatCompletionRequest(ChatBody):
         },
     )
     model: str = Field("", description="any name: the server has one model")
-    messages: list[Message] = Field(min_length=1, description="the last one not the assistant's")
+    messages: Annotated[list[Message], MESSAGES] = Field(
+        description="the last one not the assistant's"
+    )
     max_tokens: int | None = Field(None, ge=1, description="tokens of the answer")
     max_completion_tokens: int | None = Field(None, ge=1, description="the same, newer name")
     top_p: TopP = 0.7
     temperature: Temperature = 0.95
     repetition_penalty: RepetitionPenalty = 1.0
     seed: Seed = None
-    stop: Annotated[str | list[str], one_of("a string or a list of strings")] = Field(
-        [], description="texts that end the answer; not part of it"
-    )
+    stop: StopSequences = Field([], description="texts that end the answer; not part of it")
     stream_options: StreamOptions = StreamOptions()
-    tools: list[Tool] = []
+    tools: Annotated[list[Tool], TOOLS] = []
     tool_choice: ToolChoice = "auto"
+
+    @classmethod
+    def uses(cls, field: str) -> bool:
+        return super().uses(field) or field in UNSUPPORTED
 
     def to_messages(self) -> list[dict]:
         for field, value in (self.model_extra or {}).items():
@@ -144,7 +160,7 @@ class ChatCompletionRequest(ChatBody):
         messages: list[dict] = []
         for i, message in enumerate(self.messages):
             messages += message.to_messages(f"messages.{i}")
-        names = self.callable_names()
+        names = set(self.callable_names())
         tools = [tool.function.model_dump() for tool in self.tools if tool.function.name in names]
         return declare(messages, tools) if tools else messages
 
@@ -183,8 +199,11 @@ class ChatCompletionRequest(ChatBody):
 
 
 def read_arguments(text: str, where: str) -> dict:
+    field = f"{where}.arguments"
+    arguments: object = None
     with suppress(ValueError, RecursionError):
         arguments = json.loads(text or "{}")
-        if isinstance(arguments, dict):
-            return arguments
-    raise InvalidField(f"{where}.arguments", f"must be a JSON object, not {preview(text)}")
+    if not isinstance(arguments, dict):
+        raise InvalidField(field, f"must be a JSON object, not {preview(text)}")
+    check_values(field, arguments)  # JSON in a string of JSON: it has been checked as text only
+    return arguments

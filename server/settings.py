@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
+
+from server.keys import read_keys
 
 
 def is_on(text: str) -> bool:
@@ -43,8 +46,11 @@ class Settings:
     chat_format: str | None = flag(None, "chatglm2 or chatglm3, where the checkpoint does not say")
     host: str = flag("127.0.0.1", "0.0.0.0 lets other machines in")
     port: int = flag(8000, "the port to listen on", 0, type=int)
-    api_key: str | None = flag(None, "the key that clients must send, or a file with one a line")
+    api_key: str | None = flag(None, "the key that clients must send")
+    api_key_file: str | None = flag(None, "a file of such keys, one a line; # begins a comment")
     cors_origin: str = flag("", "pages that browsers let in: https://a.example,https://b.org")
+    allowed_host: str = flag("", "names of this server, besides localhost: chat.example")
+    trusted_proxy: str = flag("", "addresses of proxies that say who asks: 10.0.0.1,10.1.0.0/16")
     max_concurrency: int = flag(64, "answers under way at once", 1, type=int)
     max_waiting: int = flag(
         256, "requests that wait for a place; more are refused with 429", 0, type=int
@@ -52,6 +58,7 @@ class Settings:
     max_length: int | None = flag(
         None, "ceiling for a request's max_length (default: the context)", 1, type=int
     )
+    max_connections: int = flag(512, "connections at once", 1, type=int)
     max_body: int = flag(2**20, "bytes of a request", 1, type=int)
     timeout: float = flag(600.0, "seconds one answer may take", 0.1, type=float)
     grace: float = flag(30.0, "seconds for answers under way to end, after SIGTERM", 0, type=float)
@@ -65,27 +72,26 @@ class Settings:
             if not value >= least:  # unlike `value < least`, this also refuses NaN
                 name = setting.name.replace("_", "-")
                 raise ValueError(f"argument --{name}: must be at least {least}, not {value}")
-        self.keys = read_keys(self.api_key)
-        if self.api_key is not None and not self.keys:
-            raise ValueError("argument --api-key: contains no key")
+        self.keys = read_keys(self.api_key, self.api_key_file)
 
     @property
     def origins(self) -> list[str]:
         return self.cors_origin.replace(",", " ").split()
 
     @property
+    def hosts(self) -> list[str]:
+        return self.allowed_host.lower().replace(",", " ").split()
+
+    @property
+    def proxies(self) -> list[str]:
+        return self.trusted_proxy.replace(",", " ").split()
+
+    @property
     def model_name(self) -> str:
+        """As clients see it: of a folder its name alone, as where it lies is nobody's business."""
+        if self.model and os.path.isdir(self.model):
+            return Path(self.model).resolve().name
         return self.model or "chatglm3-tiny"
-
-
-def read_keys(api_key: str | None) -> list[bytes]:
-    """The keys in a file of that name; if there is no such file, it is a key itself."""
-    if api_key is None:
-        return []
-    text = api_key
-    if os.path.isfile(api_key):
-        text = Path(api_key).read_text("utf-8", "replace")
-    return [key.encode() for key in text.split()]
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,10 +106,24 @@ def parse_settings(arguments: list[str]) -> Settings:
     for setting in fields(Settings):
         options = dict(setting.metadata["options"])
         variable = f"CHATGLM_{setting.name.upper()}"
-        options["default"] = os.environ.get(variable) or setting.default
+        given = os.environ.get(variable)
+        # An empty variable means the default, but an empty key must not open the server.
+        may_be_empty = setting.name in ("api_key", "api_key_file")
+        options["default"] = given if given or (given == "" and may_be_empty) else setting.default
         options["help"] += f" [{variable}]"
         parser.add_argument("--" + setting.name.replace("_", "-"), **options)
+    parsed = parser.parse_args(arguments)
     try:
-        return Settings(**vars(parser.parse_args(arguments)))
+        settings = Settings(**vars(parsed))
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if parsed.api_key is not None and parsed.api_key != os.environ.get("CHATGLM_API_KEY"):
+        print(advice(parsed.api_key), file=sys.stderr)
+    return settings
+
+
+def advice(api_key: str) -> str:
+    """What to write instead of a key on the command line."""
+    if os.path.isfile(api_key.removeprefix("@")):
+        return f"{api_key} is read as a file of keys; write --api-key-file"
+    return "the list of processes shows --api-key; CHATGLM_API_KEY or --api-key-file hides a key"

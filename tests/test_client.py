@@ -279,6 +279,38 @@ def test_a_refusal_is_shown_and_what_another_server_says_is_no_traceback(content
     assert ("不行 Bad." in done.stderr.decode()) == ("不行" in content)
 
 
+EVIL = "\x1b]0;title\x07\x1b[2J\x1b]52;c;cm0=\x07\u202eevil\u2066\r\x9b2J"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [EVIL, json.dumps({"detail": EVIL}), '{"detail": "\\q"} evil', "[" * 10_000 + "evil"],
+    ids=["no JSON", "JSON", "no JSON escape", "deep"],
+)
+def test_a_refusal_moves_nothing_on_the_terminal(content):
+    done = run(Peer(refusing(503, content)).url, "?")
+    assert b"Traceback" not in done.stderr and b"HTTP 503" in done.stderr
+    assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", done.stderr.decode())
+
+
+def test_a_refusal_without_end_is_not_read_to_its_end():
+    def endless(body):
+        yield b"HTTP/1.1 503 No\r\nConnection: close\r\n\r\nevil"
+        for _ in range(5000):
+            yield b"a" * 65536
+
+    done = run(Peer(endless).url, "?")
+    assert done.stderr.startswith(b"evilaaa") and len(done.stderr) < 400
+
+
+def test_a_link_shows_where_it_leads():
+    from rich.console import Console
+
+    with (console := Console(force_terminal=True, width=90)).capture() as shown:
+        console.print(client.markdown("[my bank](http://evil.example) ![a](http://img.example)"))
+    assert "http://evil.example" in shown.get() and "\x1b]8;" not in shown.get()
+
+
 def test_the_servers_own_refusal_is_shown(url):
     detail = requests.post(url, json={"prompt": "?", "top_p": 2}, timeout=LIMIT).json()["detail"]
     done = run(url, "--top-p", "2", "?")

@@ -164,7 +164,7 @@ def test_readers_that_stop_reading_keep_nobody_from_the_only_place(server, url):
 def test_bodies_that_come_byte_by_byte_harm_nobody(url):
     address = url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": "Hello"}).encode()
-    head = f"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with ExitStack() as stack:
         slow = [stack.enter_context(socket.create_connection(address, LIMIT)) for _ in range(20)]
         for part in head, body[:1], body[1:2], body[2:3]:

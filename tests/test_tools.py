@@ -11,8 +11,9 @@ from chatglm.engine.sequence import Chunk
 from chatglm.text.template import TemplateTokenizer
 from chatglm.text.tokenizer import ChatGLMTokenizer
 from chatglm.text.tools import INTRODUCTION, declare, may_be_call, read_call, write_call
-from server.openai_api import before_stop, deltas
+from server.openai_api import deltas
 from server.openai_request import ChatCompletionRequest
+from server.stops import StopSearch
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
 WEATHER = {
@@ -146,7 +147,7 @@ def test_a_stop_sequence_ends_the_text_wherever_it_is_cut():
         got = run(deltas(chunks("\n", *pieces), [], ["; c", "b; d"]))
         assert "".join(delta.text for delta in got) == "a, b"
         assert got[-1].finish_reason == "stop"
-    assert before_stop("a;", [";;"], ended=True) == ("a;", False)
+    assert StopSearch([";;"]).before_stop("a;", ended=True) == ("a;", False)
 
 
 TEMPLATE = """{%- if tools %}TOOLS {{ tools | tojson }}{% endif -%}

@@ -13,6 +13,7 @@ from chatglm.errors import preview
 
 TINY = Path(__file__).parents[1] / "tiny"
 LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # a number that such files begin with
+MAX_HEADER = 100_000_000  # bytes
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -104,10 +105,13 @@ def is_whole(shard: Path) -> bool:
     with shard.open("rb") as file:  # 8 bytes: length of a JSON header with each tensor's place
         try:
             [length] = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else {}
-        except (struct.error, ValueError):
+            # MAX_HEADER is safetensors' own limit. To read a longer one would take much memory.
+            header = json.loads(file.read(length)) if length < min(size, MAX_HEADER) else {}
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            ends = [int(entry["data_offsets"][1]) for entry in entries]
+        # What is no JSON, or JSON of another form.
+        except (struct.error, ValueError, TypeError, AttributeError, LookupError, RecursionError):
             return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     return bool(ends) and size == 8 + length + max(ends)
 
 

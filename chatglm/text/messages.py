@@ -12,6 +12,8 @@ INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode categories of spaces, cont
 
 INDENTED = json.JSONEncoder(indent=4, ensure_ascii=False)
 
+MESSAGE_KEYS = ("role", "content", "metadata", "tools")
+
 # Which role may follow which; None is the beginning.
 FOLLOWS: dict[str, set[str | None]] = {
     "system": {None},
@@ -78,7 +80,11 @@ def check_message(turn: dict, where: str) -> dict:
         if not isinstance(text, str):
             raise ValueError(f"{where}.{field} must be a string, not {preview(text)}")
         check_text(text, f"{where}.{field}")
-    return turn
+    tools = turn.get("tools")
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"{where}.tools must be a list of objects, not {preview(tools)}")
+    # Other keys are ignored, as a call's `arguments`, which only `write_call` may give.
+    return {key: turn[key] for key in MESSAGE_KEYS if key in turn}
 
 
 def check_order(messages: list[dict]) -> None:

@@ -120,8 +120,6 @@ class TemplateTokenizer:
         return text
 
     def _render(self, messages: list[dict], tools: list | None) -> str:
-        from jinja2 import TemplateError
-
         try:
             text = self.hf.apply_chat_template(
                 messages,
@@ -129,7 +127,7 @@ class TemplateTokenizer:
                 add_generation_prompt=True,
                 tokenize=False,
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, and may raise anything
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
         return str(text)
 

@@ -151,7 +151,8 @@ def without_metadata(raw: str, finished: bool) -> str:
 
 
 def is_tool_name(line: str) -> bool:
-    return re.fullmatch(r"\s*([A-Za-z_][A-Za-z0-9_.\-]{0,63})?\s*", line) is not None
+    # Stripped first: with spaces in the pattern, a line of many would take ever longer to refuse.
+    return re.fullmatch(r"([A-Za-z_][A-Za-z0-9_.\-]{0,63})?", line.strip()) is not None
 
 
 def chatglm2_prompt(messages: list[dict]) -> str:

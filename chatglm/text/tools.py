@@ -17,6 +17,9 @@ INTRODUCTION = (
 )
 
 
+MAX_CALL = 100_000  # characters; a longer call stays text, or reading it would hold all others up
+
+
 class ToolCall(NamedTuple):
     name: str
     arguments: str  # a JSON object
@@ -55,7 +58,7 @@ def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
     """
     name, _, content = raw.partition("\n")  # an answer in words begins with an empty line
     name, content = name.strip(), content.strip()
-    if name not in names:
+    if name not in names or len(content) > MAX_CALL:
         return None
     try:
         arguments = parse_python(content) if content.startswith("```") else json.loads(content)

@@ -1,0 +1,87 @@
+"""Web pages that reach this server through the browser of somebody who may use it.
+
+A page of any origin can make a browser send a question here, and every page reaches the browser's
+own machine. Browsers say from where a request comes, in `Origin` and `Sec-Fetch-Site`, and a page
+can change neither. Scripts and command lines send neither.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from urllib.parse import urlsplit
+
+from fastapi import HTTPException, Request
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.settings import Settings
+
+
+async def refuse_other_sites(request: Request) -> None:
+    """Refuses what a page of another origin asks for, unless --cors-origin allows it."""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+    if site in ("same-origin", "none"):  # this server's page, or what a person typed
+        return
+    if origin is None and site is None:  # no browser, or one that asks over plain HTTP
+        return
+    host = request.headers.get("host")
+    if origin is not None and urlsplit(origin).netloc == host:
+        return
+    origins = request.app.state.settings.origins
+    if "*" not in origins and origin not in origins:
+        raise HTTPException(
+            403, "a web page of another origin asked this; --cors-origin lets it, if you want that"
+        )
+
+
+class Browsers:
+    """Refuses names that are not this machine's, and tells browsers which origins may read.
+
+    Starlette's own middlewares must know the settings when they are built; under `uvicorn api:app`
+    that is before there are any.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        settings: Settings = scope["app"].state.settings
+        app: ASGIApp = CORSMiddleware(
+            self.app,
+            settings.origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            allow_private_network=True,
+        )
+        if not is_served(scope, settings.hosts):
+            app = JSONResponse({"detail": WRONG_HOST}, 403)
+        await app(scope, receive, send)
+
+
+WRONG_HOST = "this name is not served: use localhost, or start the server with --allowed-host NAME"
+
+
+def is_served(scope: Scope, hosts: list[str]) -> bool:
+    """Whether the Host header has one of the names in `hosts`, or this machine's own.
+
+    A page can have its own name resolve to 127.0.0.1 (DNS rebinding): for the browser, this server
+    is then of the page's origin. Only the name in the Host header shows that.
+    """
+    server = scope.get("server")
+    if not hosts and not (server and is_loopback(server[0])):
+        return True  # it came from the network, where the machine's names are not known here
+    host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+    name = (urlsplit(f"//{host}").hostname or "") if host else "localhost"
+    return "*" in hosts or name in hosts or is_loopback(name)
+
+
+def is_loopback(name: str) -> bool:
+    """localhost, and the addresses by which a machine reaches itself."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")

@@ -1,0 +1,223 @@
+"""Connections that cost their client as much as they cost the server: limits that uvicorn lacks.
+
+    a request's line and headers    64 KiB, and 10 s to arrive; else 431, or 408
+    a body nobody waits for         30 s
+    an answer nobody reads          300 s
+    connections                     --max-connections. One more takes the place of one that is idle,
+                                    of the client that has most; if all are busy, only GET /health
+                                    is answered. One client never has them all.
+
+`uvicorn api:app` has none of these, see docs/safety.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from typing import Any, cast
+
+import httptools
+import uvicorn
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+)
+
+from server.clients import network_of
+from server.settings import Settings
+
+MAX_HEAD = 2**16  # bytes of a request's line and headers
+HEAD_TIMEOUT = 10.0  # seconds for them to arrive
+REST_TIMEOUT = 30.0  # seconds for the rest of a body whose request is answered already
+READ_TIMEOUT = 300.0  # seconds in which a client must take some of its answer
+MAX_PIPELINED = 16  # requests that are sent before the answer to the first
+FOR_HEALTH = 16  # connections beyond the limit, for GET /health
+OTHER_FILES = 100  # that the process has open: weights, libraries, the log
+FOR_OTHERS = 64  # connections that no client can take from all others
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection. uvicorn makes it, and calls its methods on the event loop."""
+
+    max_connections = 512  # set by `limit_connections`
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.answering = self.app  # what answers the connection's requests
+        self.address = ""
+        self.since = time.monotonic()
+        self.overhead = 0  # bytes received that are neither body nor part of a finished request
+        self.received = 0  # bytes of the request's body
+        self.head_is_open = True  # a request's line and headers are awaited, or under way
+        self.deadline: asyncio.TimerHandle | None = None  # for the client to send
+        self.reading_deadline: asyncio.TimerHandle | None = None
+
+    # 1. How many there are
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.address = network_of(self.client[0]) if self.client else ""
+        held = Counter(each.address for each in cast("set[LimitedProtocol]", self.connections))
+        mine = held[self.address] > max(1, self.max_connections - FOR_OTHERS)
+        if mine or len(self.connections) > self.max_connections:
+            self.make_room(held, only_mine=mine)
+        self.wait(HEAD_TIMEOUT)
+
+    def make_room(self, held: Counter[str], only_mine: bool) -> None:
+        """Closes the oldest idle connection of the client that has most. If there is none, this
+        connection may ask for /health only, or nothing."""
+        everyone = cast("set[LimitedProtocol]", self.connections)
+        idle = [
+            each
+            for each in everyone
+            if each is not self and each.is_idle and not each.transport.is_closing()
+        ]
+        if only_mine:
+            idle = [each for each in idle if each.address == self.address]
+        if idle:
+            max(idle, key=lambda each: (held[each.address], -each.since)).transport.abort()
+        elif len(self.connections) <= self.max_connections + FOR_HEALTH:
+            self.app = health_only(self.answering)
+        else:
+            self.transport.abort()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request has come in whole that is still to be answered."""
+        return not self.is_answering or self.cycle.more_body
+
+    @property
+    def is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.wait(None)
+        self.resume_writing()
+
+    # 2. How much a client sends, and how fast
+
+    def data_received(self, data: bytes) -> None:
+        self.overhead += len(data)
+        if self.head_is_open and self.deadline is None:  # the first bytes of a further request
+            self.wait(HEAD_TIMEOUT)
+        super().data_received(data)
+        # What is left is the head, or what frames the body: chunk sizes, trailers.
+        if self.overhead > MAX_HEAD + 4 * self.received and not self.transport.is_closing():
+            self.refuse(431, f"the request's line and headers have over {MAX_HEAD} bytes")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise httptools.HttpParserError("too many requests at once")
+        self.received = 0
+
+    def on_headers_complete(self) -> None:
+        self.wait(None)
+        self.head_is_open = False
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        usual = self.app
+        if size > MAX_HEAD:
+            self.app = refusal(431, f"the request's line and headers have {size} bytes")
+        super().on_headers_complete()
+        self.app = usual
+        self.overhead = 0
+
+    def on_body(self, body: bytes) -> None:
+        self.overhead = max(0, self.overhead - len(body))
+        self.received += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.overhead = 0
+        self.head_is_open = True
+        self.wait(None)
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.is_answering and not self.head_is_open:  # refused before all the body has come
+            self.wait(REST_TIMEOUT)
+
+    def wait(self, seconds: float | None) -> None:
+        """Closes the connection if the client does not send what is awaited in so many seconds."""
+        if self.deadline is not None:
+            self.deadline.cancel()
+        self.deadline = self.loop.call_later(seconds, self.too_slow) if seconds else None
+
+    def too_slow(self) -> None:
+        self.deadline = None
+        if self.is_answering:  # after the request came a stray line end; the answer goes on
+            return
+        if self.overhead and self.head_is_open:
+            self.refuse(408, f"the request's line and headers took more than {HEAD_TIMEOUT:g} s")
+        else:
+            self.transport.abort()
+
+    def refuse(self, status: int, problem: str) -> None:
+        """Says so where no request has begun that the app could answer, and closes."""
+        if not self.is_answering:
+            body = problem.encode()
+            head = b"content-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
+            self.transport.write(
+                STATUS_LINE[status] + head + b"content-length: %d\r\n\r\n" % len(body) + body
+            )
+        self.transport.close()
+
+    # 3. How fast it reads
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.reading_deadline = self.loop.call_later(READ_TIMEOUT, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.reading_deadline is not None:
+            self.reading_deadline.cancel()
+            self.reading_deadline = None
+
+
+def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves the app. It takes a proxy's word for who asks only from --trusted-proxy;
+    left to itself, it would take that of every program on this machine."""
+    limit_connections(settings.max_connections)
+    return uvicorn.Config(
+        app,
+        http=LimitedProtocol,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=bool(settings.proxies),
+        forwarded_allow_ips=settings.proxies,
+    )
+
+
+def limit_connections(wanted: int) -> None:
+    """Sets --max-connections, or as many as the system lets a process have files open."""
+    try:
+        import resource
+    except ImportError:  # Windows, where sockets are no files
+        LimitedProtocol.max_connections = wanted
+        return
+    needed = wanted + FOR_HEALTH + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    LimitedProtocol.max_connections = min(wanted, max(1, soft - FOR_HEALTH - OTHER_FILES))
+
+
+def refusal(status: int, problem: str) -> ASGIApp:
+    return JSONResponse({"detail": problem}, status, {"Connection": "close"})
+
+
+def health_only(app: ASGIApp) -> ASGIApp:
+    """What answers while all connections are taken: someone must be able to see that."""
+    full = refusal(503, "all connections are taken; try again later")
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await (app if scope["path"] == "/health" else full)(scope, receive, send)
+
+    return answer

@@ -1,0 +1,70 @@
+"""From bytes to JSON that later code can rely on: bounded in depth and number, every string text.
+
+This runs in a thread, and takes time in proportion to the body, whatever the body holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from chatglm.errors import InvalidField, preview
+
+MAX_DEPTH = 100  # lists and objects within each other; the schemas of tools have about ten
+MAX_VALUES = 100_000  # in one field; a conversation of 20,000 turns has 60,000
+
+
+def parse(body: bytes) -> Any:
+    """Raises ValueError if it is not JSON."""
+    try:
+        return json.loads(body.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
+        raise ValueError(f"the body must be a JSON object, as in /docs: {error}") from error
+
+
+def check_values(field: str, value: object) -> None:
+    """Raises InvalidField, naming the place, for what a later step could not write out: a lone
+    surrogate, an infinite number, too many values, or values that are nested too deeply."""
+    check([field], value, MAX_VALUES)
+
+
+def check(path: list[object], value: object, left: int) -> int:
+    """Checks what lies at `path`. Returns how many of the values that were `left` still are."""
+    if left == 0:
+        raise InvalidField(str(path[0]), f"holds more than {MAX_VALUES} values")
+    problem = problem_of(value)
+    if problem:
+        raise InvalidField(written(path), problem)
+    left -= 1
+    if not isinstance(value, (list, dict)):
+        return left
+    if len(path) > MAX_DEPTH:  # Python's own limit would come later, in whatever code is unlucky
+        raise InvalidField(str(path[0]), f"is nested more than {MAX_DEPTH} deep")
+    entries: Iterable = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, entry in entries:
+        path.append(key)
+        if problem := problem_of(key):
+            raise InvalidField(written(path[:-1]), f"has a key that {problem}")
+        left = check(path, entry, left)
+        path.pop()
+    return left
+
+
+def problem_of(value: object) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be a finite number, not {value}"
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            what = preview(value[error.start])
+            return f"contains an unpaired surrogate, which no encoding can express: {what}"
+    return ""
+
+
+def written(path: list[object]) -> str:
+    """A path as messages name it: messages.0.content. A client chooses its keys, so each is cut."""
+    cut = [preview(str(key)).strip("'")[:40] for key in path[1:9]]
+    return ".".join([str(path[0]), *cut])
