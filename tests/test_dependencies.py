@@ -8,7 +8,11 @@ from importlib.metadata import packages_distributions
 
 from tests.test_readme import README, ROOT, section, source_files
 
-QUANTIZE = "chatglm/checkpoint/requirements-quantize.txt"
+# What is not for everybody: the file that imports it, and where it is pinned.
+OPTIONAL = {
+    "chatglm/checkpoint/quantize.py": "chatglm/checkpoint/requirements-quantize.txt",
+    "chatglm/hardware/onnx_int4.py": "chatglm/checkpoint/requirements-int4.txt",
+}
 
 
 def declared(name: str) -> set[str]:
@@ -44,10 +48,11 @@ def test_what_the_code_imports_is_declared_and_pinned():
     owners = packages_distributions()
     pinned = {plain(name) for name in declared("requirements.txt")}
     for name in source_files():
-        quantize = declared(QUANTIZE) if name == "chatglm/checkpoint/quantize.py" else set()
+        optional = declared(OPTIONAL[name]) if name in OPTIONAL else set()
         for module in imported(name):
-            packages = {plain(owner) for owner in owners.get(module, [])}
-            assert packages & (pinned | quantize), f"{name} imports {module}"
+            # One that is not installed is taken to have its module's name.
+            packages = {plain(owner) for owner in owners.get(module, [module])}
+            assert packages & (pinned | optional), f"{name} imports {module}"
 
 
 def test_the_least_version_of_python_is_the_one_the_code_is_checked_for():
