@@ -301,7 +301,7 @@ def test_a_slow_reader_holds_up_nobody_and_is_spared_overtaken_frames(server, ur
 
 def test_a_reader_that_never_reads_keeps_no_place_once_its_answer_is_made(server, url):
     with server.held():
-        reader = send(url, **{**ENDLESS, "max_length": 1024})
+        reader = send(url, **{**ENDLESS, "max_length": 700})
         until(lambda: busy(url) == 1)
     with reader:
         until(lambda: busy(url) == 0)

@@ -99,7 +99,7 @@ def test_if_one_process_ends_all_do():
     code = (
         "import chatglm, psutil, time\n"
         "engine = chatglm.Engine(*chatglm.load(device='cpu', devices=2)); engine.start()\n"
-        "psutil.Process().children()[0].kill(); time.sleep(600)"
+        "psutil.Process().children()[0].kill(); time.sleep(1200)"
     )
     done = run(code)
     assert done.returncode == 1 and "a process of --devices has ended" in done.stderr
