@@ -49,7 +49,7 @@ from server.connections import uvicorn_config
 from server.listener import bind, url_of
 from server.logs import setup_log
 from server.preparation import FairPool
-from server.refusals import REFUSAL, documented, error_response
+from server.refusals import FRAMES, REFUSAL, documented, error_response
 from server.responses import AnswerResponse, unless_disconnected
 from server.settings import Settings, parse_settings
 from server.shutdown import Server
@@ -102,16 +102,10 @@ async def process(chunks: AsyncGenerator[chatglm.Chunk, None]) -> AsyncGenerator
                 await asyncio.sleep(0)
 
 
-ANSWERS = {  # for /docs
-    "text/plain": "<^>H<^>Hi!",
-    "application/json": {"response": "Hi!", "status": 200, "history": [["Hi", "Hi!"]], "time": "…"},
-}
-
-
 @router.post(
     "/",
     dependencies=AUTH,
-    responses=documented(REFUSAL, ANSWERS),
+    responses=documented(REFUSAL, FRAMES),
     openapi_extra=Chat.openapi_body(),
 )
 async def chat(request: Request) -> Response:

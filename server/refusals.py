@@ -17,6 +17,10 @@ import chatglm
 RETRY_AFTER = 5  # seconds: by then, some of a full queue's answers have ended
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"  # OpenAI's code: the conversation is too long
 REFUSAL = {"detail": "top_p must be less than or equal to 1, not 2"}  # for /docs
+FRAMES = {  # an answer of POST /, in frames and whole; for /docs
+    "text/plain": "<^>H<^>Hi!",
+    "application/json": {"response": "Hi!", "status": 200, "history": [["Hi", "Hi!"]], "time": "…"},
+}
 REASONS = {
     400: "what cannot be served, and why",
     401: "no key, or a wrong one",
