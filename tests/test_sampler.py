@@ -3,7 +3,8 @@
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
-from chatglm.sampling import choose, gumbel_noise, penalise
+from chatglm import sampling
+from chatglm.sampling import choose, draw_above_floor, gumbel_noise, penalise
 
 ROWS = 40_000
 
@@ -72,3 +73,29 @@ def test_repetition_penalty_is_that_of_transformers():
     for penalty in (0.8, 1.0, 1.3):
         wanted = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
         torch.testing.assert_close(penalise(logits, seen, torch.full((3,), penalty)), wanted)
+
+
+def test_without_looking_at_values_the_same_tokens_are_drawn(monkeypatch):
+    """What a CUDA graph computes, on a CPU: neither a sort nor a branch."""
+    dice = torch.Generator().manual_seed(4)
+    logits = torch.randn(500, 2000, generator=dice) * torch.rand(500, 1, generator=dice) * 8
+    settings = [
+        torch.rand(500, generator=dice) * 2 * (torch.arange(500) % 5 > 0),  # a fifth is greedy
+        torch.rand(500, generator=dice).clamp(min=0.01),
+        torch.arange(500),
+        torch.arange(500) * 3,
+    ]
+    settings[1][::7] = 1.0
+    expected = choose(logits, *settings)
+    monkeypatch.setattr(sampling, "can_branch", lambda device: False)
+    assert torch.equal(choose(logits, *settings), expected)
+
+
+def test_a_tiny_top_p_leaves_the_likeliest_token_and_one_leaves_all():
+    probabilities = torch.randn(6, 300, generator=torch.Generator().manual_seed(5)).softmax(-1)
+    seeds, positions = torch.arange(6), torch.zeros(6, dtype=torch.long)
+    least = draw_above_floor(probabilities, torch.full((6,), 1e-6), seeds, positions)
+    assert torch.equal(least, probabilities.argmax(-1))
+    noise = gumbel_noise(seeds, positions, torch.arange(300)[None])
+    whole = draw_above_floor(probabilities, torch.ones(6), seeds, positions)
+    assert torch.equal(whole, (probabilities.log() + noise).argmax(-1))
