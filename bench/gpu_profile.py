@@ -30,7 +30,7 @@ class StepWatch:
 
     def __init__(self, engine: chatglm.Engine) -> None:
         self.parts: dict[str, float] = defaultdict(float)  # seconds in all
-        self.profile = profile(activities=activities(engine.model.device))
+        self.profile = profile(activities=activities(engine.model.device), acc_events=True)
         self.armed, self.done, self._steps = False, threading.Event(), 0
         manager = manager_of(engine)
         batch = manager.batch_processor
@@ -97,7 +97,9 @@ async def watch_steps(engine: chatglm.Engine, batch: int) -> StepWatch:
 def measure_profile(figures, settings: argparse.Namespace) -> None:
     device = pick_device(settings.device)
     tokenizer, model = build(settings)
-    with profile(activities=activities(device)):  # the first takes seconds, and this thread
+    with profile(
+        activities=activities(device), acc_events=True
+    ):  # the first takes seconds, and this thread
         torch.ones(1, device=device).add_(1)
     for batch in settings.size.profiled:
         with chatglm.Engine(tokenizer, model, batch, batch) as engine:

@@ -29,7 +29,7 @@ from chatglm.engine import cpu_attention
 from chatglm.engine.cpu_glm import FusedGlmMixin
 from chatglm.engine.sequence import LatestOutput, Output, Sequence
 from chatglm.hardware.device import free_memory
-from chatglm.sampling import DEFAULT_MAX_LENGTH, choose, penalise
+from chatglm.sampling import DEFAULT_MAX_LENGTH, can_branch, choose, penalise
 
 BLOCK_SIZE = 32  # tokens in a block of the KV cache: prefixes are shared by whole blocks
 CPU_CACHE_SHARE = 0.4  # of the free host memory, the most that the KV cache may take
@@ -200,7 +200,7 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
         self.tensors_required = len(self.FLOATS) + 2  # and the seed, and the position
         self.do_processing = True
         self.seen = torch.zeros(max_running, vocab_size, dtype=torch.bool, device=device)
-        self.penalising = False  # whether a row of this step has a penalty; used on a CPU only
+        self.penalising = False  # whether a row of this step has a penalty; not for CUDA graphs
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()
@@ -218,13 +218,14 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
         ]
         # A seed has 32 bits and no sign: int64 first, then the lower half of it.
         integers = torch.tensor(seeds_and_positions, dtype=torch.int64).to(torch.int32)
-        device = arg_storage.device
-        arg_storage[:, : len(requests_in_batch)] = 0
-        arg_storage[:3, : len(states)] = floats.view(torch.int32).to(device)
-        arg_storage[3:, : len(states)] = integers.to(device)
+        # One copy to the device: each copy of ordinary memory waits for the one before.
+        rows = torch.zeros(self.tensors_required, len(requests_in_batch), dtype=torch.int32)
+        rows[:3, : len(states)] = floats.view(torch.int32)
+        rows[3:, : len(states)] = integers
+        arg_storage[:, : len(requests_in_batch)] = rows
         self.penalising = any(s["repetition_penalty"] != 1.0 for s in settings)
-        for row, state in enumerate(states):
-            if state.logit_processor_kwargs["repetition_penalty"] != 1.0:
+        for row, (state, asked) in enumerate(zip(states, settings)):
+            if asked["repetition_penalty"] != 1.0:
                 self.seen[row] = self._seen_by(state)
         return arg_storage
 
@@ -245,7 +246,7 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
     ) -> torch.Tensor:
         temperature, top_p, penalty = args[:3].view(torch.float32)
         seed, position = args[3:].long()
-        if self.penalising or scores.device.type != "cpu":
+        if self.penalising or not can_branch(scores.device):
             penalty = torch.where(penalty > 0, penalty, 1.0)  # rows that only prefill have 0
             scores = penalise(scores, self.seen[: len(scores)], penalty)
         token = choose(scores, temperature, top_p, seed & 0xFFFFFFFF, position)
