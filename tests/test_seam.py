@@ -145,6 +145,13 @@ PARTS = {
         BATCH,
         lambda seen: seen.manager.background_thread_status.can_accept_new_requests() is None,
     ),
+    "the library's own requests, which warm up CUDA graphs, run through our processor": (
+        BATCH,
+        lambda seen: (
+            seen.manager.batch_processor.model_runner.run_one_warmup(seen.model, 2, None) > 0
+            and seen.manager.batch_processor.model_runner.run_one_warmup(seen.model, 8, 4) > 0
+        ),
+    ),
     "the manager adds and cancels requests by their id": (
         BATCH,
         lambda: (

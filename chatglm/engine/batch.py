@@ -193,6 +193,8 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
     """
 
     FLOATS = ("temperature", "top_p", "repetition_penalty")
+    # Of the library's own requests, with which it captures CUDA graphs at start-up.
+    NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0}
 
     def __init__(self, vocab_size: int, max_running: int, device: torch.device) -> None:
         super().__init__(LogitsProcessorList())
@@ -209,7 +211,7 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
         self, requests_in_batch: list, arg_storage: torch.Tensor
     ) -> torch.Tensor:
         states = [request.state for request in requests_in_batch if request.has_new_token]
-        settings = [state.logit_processor_kwargs for state in states]
+        settings = [self.NEUTRAL | state.logit_processor_kwargs for state in states]
         floats = torch.tensor([[s[name] for s in settings] for name in self.FLOATS])
         # position_offset already counts the tokens of this step.
         seeds_and_positions = [
