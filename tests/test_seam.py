@@ -25,6 +25,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 
 import chatglm
+from chatglm.engine import batch
 from chatglm.engine.batch import SamplerProcessor, cache_config
 from chatglm.text.messages import to_messages
 
@@ -215,6 +216,13 @@ def test_transformers_still_has_this_part(request, part):
     file, holds = PARTS[part]
     found = holds(request.getfixturevalue("seen")) if arguments(holds) else holds()
     assert found, f"transformers changed: no longer true that {part}; see {file}"
+
+
+def test_flash_attention_is_left_to_half_precision(monkeypatch):
+    monkeypatch.setattr(batch, "is_flash_attn_2_available", lambda: True)
+    for dtype, switches in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
+        model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+        assert cache_config(model, 2).auto_switch_to_flash == switches
 
 
 def test_only_two_files_know_the_inside_of_continuous_batching():

@@ -122,7 +122,8 @@ def cache_config(model: PreTrainedModel, max_running: int) -> ContinuousBatching
         use_async_batching=False,
         max_memory_percent=0.8,
     )
-    if model.device.type == "cuda" and is_flash_attn_2_available():
+    is_half = model.dtype in (torch.bfloat16, torch.float16)  # flash attention has no float32
+    if model.device.type == "cuda" and is_half and is_flash_attn_2_available():
         return ContinuousBatchingConfig(**settings)  # flash attention needs its own block size
     # auto_switch_to_flash would download a flash attention from the model hub.
     settings |= dict(page_size=BLOCK_SIZE, auto_switch_to_flash=False)
