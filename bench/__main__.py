@@ -12,7 +12,7 @@
 
 Reading order: weights.py, textbook.py, contenders.py, load.py, canned.py, compare.py, report.py,
 growth.py, soak.py, decode.py, gpu.py, gpu_checks.py, gpu_speed.py, gpu_profile.py,
-scale.py.
+gpu_trial.py, gpu_kernels.py, scale.py.
 """
 
 import argparse

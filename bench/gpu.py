@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from bench import gpu_checks, gpu_profile, gpu_speed
+from bench import gpu_checks, gpu_profile, gpu_speed, gpu_trial
 from bench.compare import machine
 from bench.report import table
 
@@ -72,6 +72,7 @@ STEPS = {
     "HTTP": Step("Over HTTP", gpu_speed.measure_http, 120),
     "quantised": Step("int8 and int4", gpu_speed.measure_quantised, 100),
     "profile": Step("Ten decode steps", gpu_profile.measure_profile, 60),
+    "trial": Step("A trial: block tables and CUDA graphs", gpu_trial.measure_trial, 110),
 }
 
 
