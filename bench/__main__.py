@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_argument("--preset", choices=["chatglm3-6b", "tiny"], default="chatglm3-6b")
     gpu.add_argument("--device", default="cuda")
     gpu.add_argument("--dtype", default="auto")
-    gpu.add_argument("--minutes", type=float, default=8, help="for all steps (default: 8)")
+    gpu.add_argument("--minutes", type=float, default=7.5, help="for all steps (default: 7.5)")
     scale = add("scale", help="the server under Ray Serve, with one replica and with two")
     scale.add_argument("--clients", type=numbers, help="default: 1,8,32")
     scale.add_argument("--tokens", type=int, help="of an answer (default: 100)")
