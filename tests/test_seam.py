@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import GlmForCausalLM
-from transformers.generation.continuous_batching import requests
+from transformers.generation.continuous_batching import cache, requests
 from transformers.generation.continuous_batching.cache_allocators import SLIDING_ATTENTION
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList as Processors,
@@ -25,6 +25,8 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 
 import chatglm
+from bench.decode import CHATGLM3_6B
+from chatglm.checkpoint.conversion import translate_config
 from chatglm.engine import batch
 from chatglm.engine.batch import SamplerProcessor, cache_config
 from chatglm.text.messages import to_messages
@@ -223,6 +225,25 @@ def test_flash_attention_is_left_to_half_precision(monkeypatch):
     for dtype, switches in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
         model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
         assert cache_config(model, 2).auto_switch_to_flash == switches
+
+
+@pytest.mark.parametrize("gigabytes, conversations", [(16, 28), (24, 94), (80, 552)])
+def test_a_gpu_has_room_for_so_many_conversations(monkeypatch, gigabytes, conversations):
+    """Of 2048 tokens with ChatGLM3-6B in bfloat16, by the library's own arithmetic for SDPA."""
+    config = translate_config(CHATGLM3_6B, "here")
+    config._attn_implementation = "sdpa"
+    model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=config)
+    settings = cache_config(model, 64)
+    settings.max_blocks_per_request = 0
+    whole, taken = 0.97 * gigabytes * 2**30, 12.9e9  # the weights, and what CUDA itself takes
+    memory = (torch.device("cuda"), whole, taken, taken)
+    monkeypatch.setattr(cache, "get_device_and_memory_breakdown", lambda: memory)
+    block = settings.page_size * config.num_hidden_layers * 4 * config.head_dim * 2
+    handler = cache.PagedAttentionMemoryHandler(
+        config, settings, torch.bfloat16, block, settings.page_size, block, ["full"], True
+    )
+    _, blocks = handler.infer_max_batch_tokens_and_num_sectors()
+    assert blocks * settings.page_size // 2048 == conversations
 
 
 def test_only_two_files_know_the_inside_of_continuous_batching():

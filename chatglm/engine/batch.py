@@ -34,6 +34,9 @@ from chatglm.sampling import DEFAULT_MAX_LENGTH, can_branch, choose, penalise
 BLOCK_SIZE = 32  # tokens in a block of the KV cache: prefixes are shared by whole blocks
 CPU_CACHE_SHARE = 0.4  # of the free host memory, the most that the KV cache may take
 CPU_BATCH_TOKENS = 512  # prompt tokens per step: a long prompt must not hold up the others
+# On a GPU more are needed to keep it busy. But SDPA's mask takes this many numbers for each token
+# of the cache: with the library's 8192, a quarter of the memory that the cache could have.
+CUDA_BATCH_TOKENS = 2048
 
 
 class Batch:
@@ -122,6 +125,8 @@ def cache_config(model: PreTrainedModel, max_running: int) -> ContinuousBatching
         use_async_batching=False,
         max_memory_percent=0.8,
     )
+    if model.device.type == "cuda":
+        settings |= dict(max_batch_tokens=CUDA_BATCH_TOKENS)
     is_half = model.dtype in (torch.bfloat16, torch.float16)  # flash attention has no float32
     if model.device.type == "cuda" and is_half and is_flash_attn_2_available():
         return ContinuousBatchingConfig(**settings)  # flash attention needs its own block size
