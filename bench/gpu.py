@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench import gpu_checks, gpu_profile, gpu_speed, gpu_trial
 from bench.compare import machine
@@ -27,7 +28,9 @@ from bench.report import table
 
 # A forked process has torch and transformers already: importing them takes seconds, seven times.
 # The first process never touches CUDA, which does not survive a fork.
-START = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+START: Any = multiprocessing.get_context(
+    "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+)
 GOALS = {  # figure -> at least
     "share of the bandwidth limit at batch 1": 0.7,
     "tokens/s for 64 clients": 8000,
@@ -187,7 +190,7 @@ def carry_out(name: str, settings: argparse.Namespace) -> None:
 def run_step(name: str, settings: argparse.Namespace, limit: float) -> str:
     """Starts the step's process, ends it at its limit, and returns how it ended."""
     begun = time.monotonic()
-    process = multiprocessing.get_context(START).Process(target=carry_out, args=(name, settings))
+    process = START.Process(target=carry_out, args=(name, settings))
     process.start()
     try:
         process.join(limit)
@@ -206,7 +209,7 @@ def run_step(name: str, settings: argparse.Namespace, limit: float) -> str:
     return step.state
 
 
-def end(process: multiprocessing.process.BaseProcess) -> None:
+def end(process: Any) -> None:
     """Kills the step with all that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
