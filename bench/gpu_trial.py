@@ -25,7 +25,6 @@ from bench import decode, gpu_kernels
 from bench.gpu_checks import QUESTIONS, answer, choices
 from bench.gpu_speed import build, decode_row
 from chatglm.engine import batch, cpu_attention
-from chatglm.engine.cpu_glm import join_rows
 from chatglm.hardware.device import pick_device
 
 NAME = "paged_by_table"
@@ -103,8 +102,9 @@ def fuse(model) -> None:
     for layer in model.model.layers:
         attention = layer.self_attn
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-        attention.qkv_weight = join_rows([part.weight for part in parts])
-        attention.qkv_bias = join_rows([part.bias for part in parts])
+        attention.qkv_weight = torch.cat([part.weight.data for part in parts])
+        biases = [part.bias.data for part in parts if part.bias is not None]
+        attention.qkv_bias = torch.cat(biases) if biases else None
 
 
 @torch.inference_mode()
