@@ -11,10 +11,12 @@
     python -m bench soak --hostile      # the same beside strangers who send what they should not
     python -m bench fair                # two clients beside one that opens 330 connections
     python -m bench decode --preset chatglm3-6b          # how near a GPU comes to its limit
+    python -m bench gpu                 # all that a GPU can show, within eight minutes
     python -m bench scale               # what Ray Serve costs, and how many GPUs a class needs
 
 Reading order: weights.py, sizes.py, textbook.py, contenders.py, load.py, canned.py, compare.py,
-report.py, growth.py, soak.py, hostile.py, fair.py, decode.py, scale.py.
+report.py, growth.py, soak.py, hostile.py, fair.py, decode.py, gpu.py, gpu_checks.py, gpu_speed.py,
+gpu_profile.py, gpu_trial.py, gpu_kernels.py, scale.py.
 """
 
 import argparse
@@ -82,11 +84,16 @@ def parser() -> argparse.ArgumentParser:
     decode.add_argument("--quantize", choices=["int8", "int4"])
     decode.add_argument("--batch", type=numbers, default=[1, 8, 64, 256])
     decode.add_argument("--tokens", type=int, default=128, help="of each answer (default: 128)")
+    gpu = add("gpu", help="all that a GPU can show, step by step (gpu.md is the recipe)")
+    gpu.add_argument("--preset", choices=["chatglm3-6b", "tiny"], default="chatglm3-6b")
+    gpu.add_argument("--device", default="cuda")
+    gpu.add_argument("--dtype", default="auto")
+    gpu.add_argument("--minutes", type=float, default=7.5, help="for all steps (default: 7.5)")
     scale = add("scale", help="the server under Ray Serve, with one replica and with two")
     scale.add_argument("--clients", type=numbers, help="default: 1,8,32")
     scale.add_argument("--tokens", type=int, help="of an answer (default: 100)")
     scale.add_argument("--repeats", type=int, help="default: 3")
-    for command in (compare, growth, soak, fair, decode, scale):
+    for command in (compare, growth, soak, fair, decode, gpu, scale):
         command.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     for command in (compare, growth, scale):
         command.add_argument("--quick", action="store_true", help="short settings")

@@ -71,25 +71,57 @@ def choose(
     Temperature 0 is greedy. top_p keeps the fewest most likely tokens whose probabilities sum to
     at least top_p (Holtzman et al. 2020), always one at least.
     """
-    on_cpu = logits.device.type == "cpu"  # there, reading values costs nothing
+    on_cpu = logits.device.type == "cpu"  # there, looking at values costs nothing
     greedy = None if on_cpu and temperature.all() else logits.argmax(dim=-1)
     if greedy is not None and on_cpu and not temperature.any():
         return greedy
     scores = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
     probabilities = scores.softmax(dim=-1)
-    # Sorting a whole vocabulary takes longer than the network. Mostly, a few candidates have
-    # enough probability.
-    candidates = min(CANDIDATES, logits.shape[-1]) if on_cpu else logits.shape[-1]
-    drawn, mass = draw(probabilities, candidates, top_p, seed, position)
-    if (
-        on_cpu
-        and candidates < logits.shape[-1]
-        and (few := (mass < top_p).nonzero().squeeze(1)).numel()
-    ):
-        drawn[few], _ = draw(
-            probabilities[few], logits.shape[-1], top_p[few], seed[few], position[few]
-        )
+    if can_branch(logits.device):
+        drawn = draw_from_few(probabilities, top_p, seed, position)
+    else:
+        drawn = draw_above_floor(probabilities, top_p, seed, position)
     return drawn if greedy is None else torch.where(temperature > 0, drawn, greedy)
+
+
+def can_branch(device: torch.device) -> bool:
+    """Whether Python may decide by values or by its own state. While a CUDA graph is captured it
+    may not: the graph is replayed without Python."""
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def draw_from_few(
+    probabilities: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """A token [n] from the nucleus of each row. Sorting a whole vocabulary takes longer than the
+    network; mostly, a few candidates have enough probability."""
+    vocab_size = probabilities.shape[-1]
+    candidates = min(CANDIDATES, vocab_size)
+    drawn, mass = draw(probabilities, candidates, top_p, seed, position)
+    few = (mass < top_p).nonzero().squeeze(1) if candidates < vocab_size else drawn[:0]
+    if few.numel():
+        drawn[few], _ = draw(probabilities[few], vocab_size, top_p[few], seed[few], position[few])
+    return drawn
+
+
+def draw_above_floor(
+    probabilities: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """The same without a look at values, and without sorting. The nucleus is every token whose
+    probability is at least some floor: the highest with which they sum to top_p.
+
+    The floor is found bit by bit, from the highest bit of a float32 down: positive floats are in
+    the same order as their bits read as integers.
+    """
+    bits = probabilities.view(torch.int32)  # [n, V]
+    floor = torch.zeros_like(bits[:, :1])  # [n, 1]
+    for place in reversed(range(30)):  # 1.0 has bits under 2**30
+        tried = floor | (1 << place)
+        mass = torch.where(bits >= tried, probabilities, 0.0).sum(dim=-1, keepdim=True)
+        floor = torch.where(mass >= top_p[:, None], tried, floor)
+    tokens = torch.arange(probabilities.shape[-1], device=probabilities.device)[None]  # [1, V]
+    ranked = probabilities.log() + gumbel_noise(seed, position, tokens)
+    return torch.where(bits >= floor, ranked, -torch.inf).argmax(dim=-1)
 
 
 def draw(

@@ -1,9 +1,15 @@
 """Choosing tokens, compared with transformers' own logits processors."""
 
+from types import SimpleNamespace
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
-from chatglm.sampling import choose, gumbel_noise, penalise
+from chatglm import sampling
+from chatglm.engine import batch
+from chatglm.engine.batch import SamplerProcessor
+from chatglm.sampling import choose, draw_above_floor, gumbel_noise, penalise
 
 ROWS = 40_000
 
@@ -72,3 +78,81 @@ def test_repetition_penalty_is_that_of_transformers():
     for penalty in (0.8, 1.0, 1.3):
         wanted = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
         torch.testing.assert_close(penalise(logits, seen, torch.full((3,), penalty)), wanted)
+
+
+def test_without_looking_at_values_the_same_tokens_are_drawn(monkeypatch):
+    """What a CUDA graph computes, on a CPU: neither a sort nor a branch."""
+    dice = torch.Generator().manual_seed(4)
+    logits = torch.randn(500, 2000, generator=dice) * torch.rand(500, 1, generator=dice) * 8
+    settings = [
+        torch.rand(500, generator=dice) * 2 * (torch.arange(500) % 5 > 0),  # a fifth is greedy
+        torch.rand(500, generator=dice).clamp(min=0.01),
+        torch.arange(500),
+        torch.arange(500) * 3,
+    ]
+    settings[1][::7] = 1.0
+    expected = choose(logits, *settings)
+    monkeypatch.setattr(sampling, "can_branch", lambda device: False)
+    assert torch.equal(choose(logits, *settings), expected)
+
+
+def test_a_tiny_top_p_leaves_the_likeliest_token_and_one_leaves_all():
+    probabilities = torch.randn(6, 300, generator=torch.Generator().manual_seed(5)).softmax(-1)
+    seeds, positions = torch.arange(6), torch.zeros(6, dtype=torch.long)
+    least = draw_above_floor(probabilities, torch.full((6,), 1e-6), seeds, positions)
+    assert torch.equal(least, probabilities.argmax(-1))
+    noise = gumbel_noise(seeds, positions, torch.arange(300)[None])
+    whole = draw_above_floor(probabilities, torch.ones(6), seeds, positions)
+    assert torch.equal(whole, (probabilities.log() + noise).argmax(-1))
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from a CPU to another device. `meta` is one that holds no numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        from_cpu = any(tensor.device.type == "cpu" and tensor.dim() for tensor in tensors)
+        self.count += from_cpu and out.device.type == "meta"
+        return out
+
+
+def in_a_step(has_new_token=True, **settings):
+    """A request as the library shows it, at position 7."""
+    asked = {"temperature": 0.5, "top_p": 0.75, "repetition_penalty": 1.0, "seed": 5} | settings
+    state = SimpleNamespace(logit_processor_kwargs=asked, position_offset=7)
+    return SimpleNamespace(has_new_token=has_new_token, state=state)
+
+
+def test_the_settings_of_a_step_reach_the_device_in_one_copy_bit_for_bit():
+    requests = [in_a_step(), in_a_step(has_new_token=False), in_a_step(seed=2**32 - 1, top_p=0.1)]
+    processor = SamplerProcessor(50, 4, torch.device("cpu"))
+    rows = processor.prepare_tensor_args(requests, torch.full((5, 9), 77, dtype=torch.int32))
+    floats = [[0.5, 0.5], [0.75, 0.1], [1, 1]]
+    assert torch.equal(rows[:3, :2].view(torch.float32), torch.tensor(floats))
+    assert (rows[3, :2].long() & 0xFFFFFFFF).tolist() == [5, 2**32 - 1]
+    assert rows[4, :2].tolist() == [7, 7]
+    assert not rows[:, 2].any() and (rows[:, 3:] == 77).all()  # that one only reads its prompt
+    with Copies() as copies:
+        processor.prepare_tensor_args(requests, torch.empty(5, 9, dtype=torch.int32, device="meta"))
+    assert copies.count == 1
+
+
+def test_a_graph_penalises_whatever_python_thinks(monkeypatch):
+    """A replayed step has no Python: only the settings that lie in its tensors count."""
+    processor = SamplerProcessor(50, 2, torch.device("cpu"))
+    asked = [in_a_step(temperature=0.0, repetition_penalty=2.0), in_a_step(temperature=0.0)]
+    for request in asked:
+        request.state.initial_tokens, request.state.generated_tokens = [3, 4], [8]
+    rows = processor.prepare_tensor_args(asked, torch.zeros(5, 2, dtype=torch.int32))
+    scores = torch.randn(2, 50, generator=torch.Generator().manual_seed(6))
+    scores[:, 8] = scores.max() + 1  # the likeliest, and already said
+    expected = processor(None, scores, rows)
+    assert expected.argmax(-1).tolist()[1] == 8 != expected.argmax(-1).tolist()[0]
+    processor.penalising = False
+    monkeypatch.setattr(batch, "can_branch", lambda device: False)
+    assert torch.equal(processor(None, scores, rows), expected)

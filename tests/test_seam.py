@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import GlmForCausalLM
 from transformers.core_model_loading import _materialize_copy
-from transformers.generation.continuous_batching import requests
+from transformers.generation.continuous_batching import cache, requests
 from transformers.generation.continuous_batching.cache_allocators import SLIDING_ATTENTION
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList as Processors,
@@ -28,7 +28,10 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import chatglm
+from bench.sizes import CHATGLM3_6B
+from chatglm.checkpoint.conversion import translate_config
 from chatglm.checkpoint.tensors import Computed
+from chatglm.engine import batch
 from chatglm.engine.batch import SamplerProcessor, WholePromptScheduler, cache_config
 from chatglm.engine.prefix_attention import prefixed_sdpa
 from chatglm.text.messages import to_messages
@@ -151,6 +154,13 @@ PARTS = {
         BATCH,
         lambda seen: seen.manager.background_thread_status.can_accept_new_requests() is None,
     ),
+    "the library's own requests, which warm up CUDA graphs, run through our processor": (
+        BATCH,
+        lambda seen: (
+            seen.manager.batch_processor.model_runner.run_one_warmup(seen.model, 2, None) > 0
+            and seen.manager.batch_processor.model_runner.run_one_warmup(seen.model, 8, 4) > 0
+        ),
+    ),
     "the manager adds and cancels requests by their id": (
         BATCH,
         lambda: (
@@ -253,6 +263,32 @@ def test_transformers_still_has_this_part(request, part):
     file, holds = PARTS[part]
     found = holds(request.getfixturevalue("seen")) if arguments(holds) else holds()
     assert found, f"transformers changed: no longer true that {part}; see {file}"
+
+
+def test_flash_attention_is_left_to_half_precision(monkeypatch):
+    monkeypatch.setattr(batch, "is_flash_attn_2_available", lambda: True)
+    for dtype, switches in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
+        model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+        assert cache_config(model, 2).auto_switch_to_flash == switches
+
+
+@pytest.mark.parametrize("gigabytes, conversations", [(16, 28), (24, 94), (80, 552)])
+def test_a_gpu_has_room_for_so_many_conversations(monkeypatch, gigabytes, conversations):
+    """Of 2048 tokens with ChatGLM3-6B in bfloat16, by the library's own arithmetic for SDPA."""
+    config = translate_config(CHATGLM3_6B, "here")
+    config._attn_implementation = "sdpa"
+    model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=config)
+    settings = cache_config(model, 64)
+    settings.max_blocks_per_request = 0
+    whole, taken = 0.97 * gigabytes * 2**30, 12.9e9  # the weights, and what CUDA itself takes
+    memory = (torch.device("cuda"), whole, taken, taken)
+    monkeypatch.setattr(cache, "get_device_and_memory_breakdown", lambda: memory)
+    block = settings.page_size * config.num_hidden_layers * 4 * config.head_dim * 2
+    handler = cache.PagedAttentionMemoryHandler(
+        config, settings, torch.bfloat16, block, settings.page_size, block, ["full"], True
+    )
+    _, blocks = handler.infer_max_batch_tokens_and_num_sectors()
+    assert blocks * settings.page_size // 2048 == conversations
 
 
 def test_only_two_files_know_the_inside_of_continuous_batching():

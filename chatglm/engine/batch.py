@@ -36,11 +36,14 @@ from chatglm.engine.cpu_cache import MemoryOnFirstUse
 from chatglm.engine.cpu_glm import FusedGlmMixin
 from chatglm.engine.sequence import LatestOutput, Output, Sequence
 from chatglm.hardware.device import free_memory
-from chatglm.sampling import DEFAULT_MAX_LENGTH, choose, penalise
+from chatglm.sampling import DEFAULT_MAX_LENGTH, can_branch, choose, penalise
 
 BLOCK_SIZE = 32  # tokens in a block of the KV cache: prefixes are shared by whole blocks
 CPU_CACHE_SHARE = 0.4  # of the free host memory, the most that the KV cache may take
 CPU_BATCH_TOKENS = 512  # prompt tokens per step: a long prompt must not hold up the others
+# On a GPU more are needed to keep it busy. But SDPA's mask takes this many numbers for each token
+# of the cache: with the library's 8192, a quarter of the memory that the cache could have.
+CUDA_BATCH_TOKENS = 2048
 
 
 class Batch:
@@ -130,6 +133,9 @@ def cache_config(model: PreTrainedModel, max_running: int) -> ContinuousBatching
         use_async_batching=False,
         max_memory_percent=0.8,
     )
+    if model.device.type == "cuda":
+        settings |= dict(max_batch_tokens=CUDA_BATCH_TOKENS)
+    is_half = model.dtype in (torch.bfloat16, torch.float16)  # flash attention has no float32
     whole_prompts = getattr(model, "sees_prompt_whole", False)
     if whole_prompts:
         # Each token of a prompt depends on all of it, so a prompt that begins alike shares nothing.
@@ -139,7 +145,7 @@ def cache_config(model: PreTrainedModel, max_running: int) -> ContinuousBatching
             scheduler_type=WholePromptScheduler.NAME,
             max_batch_tokens=longest + max_running,
         )
-    elif model.device.type == "cuda" and is_flash_attn_2_available():
+    elif model.device.type == "cuda" and is_half and is_flash_attn_2_available():
         return ContinuousBatchingConfig(**settings)  # flash attention needs its own block size
     # auto_switch_to_flash would download a flash attention from the model hub.
     settings |= dict(page_size=BLOCK_SIZE, auto_switch_to_flash=False)
@@ -228,6 +234,8 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
     """
 
     FLOATS = ("temperature", "top_p", "repetition_penalty")
+    # Of the library's own requests, with which it captures CUDA graphs at start-up.
+    NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0}
 
     def __init__(self, vocab_size: int, max_running: int, device: torch.device) -> None:
         super().__init__(LogitsProcessorList())
@@ -235,7 +243,7 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
         self.tensors_required = len(self.FLOATS) + 2  # and the seed, and the position
         self.do_processing = True
         self.seen = torch.zeros(max_running, vocab_size, dtype=torch.bool, device=device)
-        self.penalising = False  # whether a row of this step has a penalty; used on a CPU only
+        self.penalising = False  # whether a row of this step has a penalty; not for CUDA graphs
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()
@@ -244,7 +252,7 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
         self, requests_in_batch: list, arg_storage: torch.Tensor
     ) -> torch.Tensor:
         states = [request.state for request in requests_in_batch if request.has_new_token]
-        settings = [state.logit_processor_kwargs for state in states]
+        settings = [self.NEUTRAL | state.logit_processor_kwargs for state in states]
         floats = torch.tensor([[s[name] for s in settings] for name in self.FLOATS])
         # position_offset already counts the tokens of this step.
         seeds_and_positions = [
@@ -253,13 +261,14 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
         ]
         # A seed has 32 bits and no sign: int64 first, then the lower half of it.
         integers = torch.tensor(seeds_and_positions, dtype=torch.int64).to(torch.int32)
-        device = arg_storage.device
-        arg_storage[:, : len(requests_in_batch)] = 0
-        arg_storage[:3, : len(states)] = floats.view(torch.int32).to(device)
-        arg_storage[3:, : len(states)] = integers.to(device)
+        # One copy to the device: each copy of ordinary memory waits for the one before.
+        rows = torch.zeros(self.tensors_required, len(requests_in_batch), dtype=torch.int32)
+        rows[:3, : len(states)] = floats.view(torch.int32)
+        rows[3:, : len(states)] = integers
+        arg_storage[:, : len(requests_in_batch)] = rows
         self.penalising = any(s["repetition_penalty"] != 1.0 for s in settings)
-        for row, state in enumerate(states):
-            if state.logit_processor_kwargs["repetition_penalty"] != 1.0:
+        for row, (state, asked) in enumerate(zip(states, settings)):
+            if asked["repetition_penalty"] != 1.0:
                 self.seen[row] = self._seen_by(state)
         return arg_storage
 
@@ -280,7 +289,7 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
     ) -> torch.Tensor:
         temperature, top_p, penalty = args[:3].view(torch.float32)
         seed, position = args[3:].long()
-        if self.penalising or scores.device.type != "cpu":
+        if self.penalising or not can_branch(scores.device):
             penalty = torch.where(penalty > 0, penalty, 1.0)  # rows that only prefill have 0
             scores = penalise(scores, self.seen[: len(scores)], penalty)
         token = choose(scores, temperature, top_p, seed & 0xFFFFFFFF, position)
