@@ -1,0 +1,42 @@
+import asyncio
+from contextlib import aclosing, asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+
+import chatglm
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI):
+    tokenizer, model = chatglm.load()
+    with chatglm.Engine(tokenizer, model) as engine:  # the model has a thread of its own
+        app.state.engine = engine
+        yield
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+async def process(chunks):
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield "<^>" + chunk.text
+            await asyncio.sleep(0)
+
+
+@app.post("/")
+async def chat(request: Request):
+    data = await request.json()
+    messages = [{"role": "user", "content": data["prompt"]}]
+    for query, response in reversed(data.get("history") or []):
+        before = [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
+        messages = before + messages
+    temperature = data.get("temperature", 0.95)
+    chunks = request.app.state.engine.generate(messages, temperature=temperature)
+    return StreamingResponse(process(chunks), media_type="text/plain")
+
+
+@app.get("/health")
+async def health():
+    return {"status": "ok"}
