@@ -18,11 +18,11 @@ async def process():
     try:
         for response, history in model.stream_chat(
             tokenizer,
-            prompt,  # noqa: F821
+            prompt,
             history,
-            max_length=max_length,  # noqa: F821
-            top_p=top_p,  # noqa: F821
-            temperature=temperature,  # noqa: F821
+            max_length=max_length,
+            top_p=top_p,
+            temperature=temperature,
         ):
             yield "<^>" + response
             await asyncio.sleep(0)
@@ -33,9 +33,9 @@ async def process():
 @app.post("/")
 async def create_item(request: Request):
     data = await request.json()
-    prompt = data.get("prompt")  # noqa: F841
-    history = data.get("history")  # noqa: F841
-    max_length = data.get("max_length") or 2048  # noqa: F841
-    top_p = data.get("top_p") or 0.7  # noqa: F841
-    temperature = data.get("temperature", 0.95)  # noqa: F841
+    prompt = data.get("prompt")
+    history = data.get("history")
+    max_length = data.get("max_length") or 2048
+    top_p = data.get("top_p") or 0.7
+    temperature = data.get("temperature", 0.95)
     return StreamingResponse(process(), media_type="text/plain")

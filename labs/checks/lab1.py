@@ -17,7 +17,7 @@ def check(file: Path) -> None:
     require(
         len(written) == len(lines) + 1,
         f"每读一行要写一行：读了 {len(lines) + 1} 行，却写了 {len(written)} 行。",
-        f"Each line that is read needs one line back: {len(lines) + 1} read, {len(written)} written.",
+        f"Each line needs one back: {len(lines) + 1} were read, {len(written)} written.",
     )
     for request, line in zip(requests, written):
         check_reply(request, line)

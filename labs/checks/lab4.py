@@ -57,7 +57,7 @@ def check_two_clients(server: Hosted, alone: dict[str, str]) -> None:
     for prompt, reader in readers.items():
         require(
             reader.wait().answer == alone[prompt],
-            "两个客户端同时提问时，一个得到了另一个的回答：变量不要放在全局，要作为参数传给 process。",
+            "两个客户端同时提问时，一个得到了另一个的回答：变量不要放在全局，要作为参数传递。",
             "When two clients ask at once, one gets the other's answer: do not make the variables "
             "global, pass them to process as arguments.",
         )

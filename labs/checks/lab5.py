@@ -42,7 +42,8 @@ def check_health(server: Hosted) -> None:
     until(lambda: not server.state()["open"])
     require(
         answered.is_set(),
-        "模型正在算一步，/health 就没有回答：事件循环在等模型。sleep(0) 帮不了它，模型要在另一个线程里算。",
+        "模型正在算一步，/health 就没有回答：事件循环在等模型。sleep(0) 帮不了它，"
+        "模型要在另一个线程里算。",
         "While the model computes a step, /health gets no answer: the event loop waits for the "
         "model. sleep(0) does not help; the model must compute in another thread.",
     )
