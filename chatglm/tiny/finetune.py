@@ -84,11 +84,11 @@ def read_pair(text: str, place: str) -> dict:
     wordings = [wordings] if isinstance(wordings, str) else wordings
     if not isinstance(wordings, list) or not all(isinstance(w, str) and w for w in wordings):
         raise ValueError(f"{place}: 问法要是文字 / the wordings must be texts: {wordings!r:.50}")
-    if len(set(wordings)) < WORDINGS:
+    if (count := len(set(wordings))) < WORDINGS:
         raise ValueError(
-            f"{place}: 每个问题至少要有 {WORDINGS} 种不同的问法，这里只有 {len(set(wordings))} 种 / "
-            f"a question needs at least {WORDINGS} different wordings, and this one has "
-            f"{len(set(wordings))}: {wordings[0]!r:.50}"
+            f"{place}: 每个问题至少要有 {WORDINGS} 种不同的问法，这里只有 {count} 种 / "
+            f"a question needs at least {WORDINGS} different wordings, and this one has {count}: "
+            f"{wordings[0]!r:.50}"
         )
     return {"messages": [{"role": "user", "content": wordings}, messages[1]]}
 

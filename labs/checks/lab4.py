@@ -86,10 +86,20 @@ def ends_soon(server: Hosted) -> bool:
     return False
 
 
+def goes_on(server: Hosted) -> bool:
+    """Whether the model makes all the steps that it may, though no request is open. It has not
+    stopped before it has made none for a second."""
+    server.host("allow", steps=STEPS)
+    before, last = server.state()["steps"], -1
+    while last != (last := server.state()["steps"]) and last < before + STEPS:
+        until(lambda last=last: server.state()["steps"] > last, 1)
+    return last >= before + STEPS
+
+
 def check_hang_up(server: Hosted) -> None:
     reader = held_in_an_answer(server)
     reader.hang_up()
-    noticed = ends_soon(server)
+    noticed = ends_soon(server) and not goes_on(server)
     server.host("hold", holding=False)
     require(
         noticed,

@@ -55,7 +55,7 @@ def check_live(file: Path) -> None:
     def answer(exchange: Exchange) -> None:
         exchange.begin()
         exchange.chunk(FRAMES[1])
-        until(lambda: program and (TEXTS[1] in program[0].output or program[0].process.poll()), 10)
+        until(lambda: program and (TEXTS[1] in program[0].output or program[0].process.poll()), 5)
         seen.append(TEXTS[1] in program[0].output)
         exchange.chunk(FRAMES[3])
         exchange.end()

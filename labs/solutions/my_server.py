@@ -5,6 +5,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 import chatglm
+from chatglm.text.messages import to_messages
 
 
 @asynccontextmanager
@@ -28,10 +29,7 @@ async def process(chunks):
 @app.post("/")
 async def chat(request: Request):
     data = await request.json()
-    messages = [{"role": "user", "content": data["prompt"]}]
-    for query, response in reversed(data.get("history") or []):
-        before = [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
-        messages = before + messages
+    messages = to_messages(data["prompt"], data.get("history"))
     temperature = data.get("temperature", 0.95)
     chunks = request.app.state.engine.generate(messages, temperature=temperature)
     return StreamingResponse(process(chunks), media_type="text/plain")
