@@ -241,3 +241,42 @@ def test_the_command_says_it_in_both_languages_and_by_its_exit_status():
     failed = command(1, LABS / "1" / "my_json.py")
     assert failed.returncode == 1 and "不是 JSON" in failed.stdout and "not a JSON" in failed.stdout
     assert "There is no such file" in command(1, "nowhere.py").stdout
+
+
+# --- The notebook and the pages --------------------------------------------------------------
+
+
+def test_the_notebook_runs_from_top_to_bottom():
+    if not CI:
+        pytest.importorskip("nbclient")
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(LABS / "stream.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": LABS}}).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    written = ["".join(output.get("text", "") for output in cell.outputs) for cell in cells]
+    assert all(written)
+    assert "<^>HTTP" in "".join(written)
+
+
+def test_the_notebook_is_kept_without_its_outputs():
+    cells = json.loads((LABS / "stream.ipynb").read_text("utf-8"))["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.parametrize("lab", range(11))
+def test_a_worksheet_is_one_page_and_its_files_and_commands_exist(lab):
+    page = (LABS / str(lab) / "README.md").read_text("utf-8")
+    assert len(page.splitlines()) <= 60
+    assert f"labs.check {lab} " in page
+    for name in re.findall(r"\blabs/[\w/]+\.\w+", page):
+        assert (ROOT / name).exists(), name
+    rows = [row.strip("|").split(" | ") for row in page.splitlines() if row.startswith("| **")]
+    assert rows and all(len(row) == 2 and re.search("[一-鿿]", row[0]) for row in rows)
+
+
+def test_the_packages_of_the_labs_are_pinned_as_the_servers_are():
+    pinned = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    mine = (LABS / "requirements.txt").read_text("utf-8").splitlines()
+    assert {line for line in mine if "==" in line} <= set(pinned)
