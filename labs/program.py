@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "NO_PROXY": "127.0.0.1,localhost",  # http_proxy is the way to other machines
     "no_proxy": "127.0.0.1,localhost",
 }
+ENVIRONMENT.pop("PYTHONUNBUFFERED", None)  # with it, nobody would learn what flush=True is for
 
 
 class Program:

@@ -23,6 +23,7 @@ from transformers import GlmForCausalLM
 
 import chatglm
 from chatglm.checkpoint.conversion import translate_config
+from chatglm.text.tokenizer import ChatGLMTokenizer
 from chatglm.tiny.batches import Batch
 from chatglm.tiny.corpus import Corpus
 from chatglm.tiny.evaluation import of_kind, share_right
@@ -70,8 +71,10 @@ def read_pair(text: str, place: str) -> dict:
     except ValueError as error:
         raise ValueError(f"{place}: 这一行不是 JSON / not JSON: {error}") from error
     messages = line.get("messages") if isinstance(line, dict) else None
-    is_list = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
-    if not is_list or [m.get("role") for m in messages] != ["user", "assistant"]:
+    if not isinstance(messages, list):
+        messages = []
+    roles = [message.get("role") for message in messages if isinstance(message, dict)]
+    if roles != ["user", "assistant"] or len(messages) != 2:
         raise ValueError(
             f'{place}: "messages" 要有两项，角色是 user 和 assistant / '
             f'"messages" must hold two entries, of the roles user and assistant'
@@ -123,7 +126,7 @@ def mixed(pairs: list[dict], seed: int) -> Corpus:
 # 2. Training and asking
 
 
-def load_bundled() -> tuple[chatglm.text.tokenizer.ChatGLMTokenizer, GlmForCausalLM]:
+def load_bundled() -> tuple[ChatGLMTokenizer, GlmForCausalLM]:
     """The bundled model as transformers' own network, which can be trained."""
     tokenizer, bundled = chatglm.load(HERE, device="cpu")
     model = GlmForCausalLM(translate_config(CONFIG, "the tiny ChatGLM"))
