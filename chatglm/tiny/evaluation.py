@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
+from collections.abc import Awaitable
 from pathlib import Path
 
 import chatglm
@@ -72,21 +72,30 @@ async def is_right(engine: chatglm.Engine, line: dict, tools: bool = False, **se
     return chunk.text == line["answer"]
 
 
+def of_kind(kind: str) -> list[dict]:
+    """The held-out questions that are "known", "unknown" or for a "tool"."""
+    lines = [json.loads(line) for line in HELD_OUT.read_text("utf-8").splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+async def share_right(engine: chatglm.Engine, lines: list[dict], **settings) -> float:
+    """The share of these held-out questions that get the right answer."""
+    right = await asyncio.gather(*(is_right(engine, line, **settings) for line in lines))
+    return sum(right) / len(right)
+
+
 def evaluate(folder: Path, quantize: str | None = None) -> dict[str, float]:
     """Shares of held-out questions that get the right answer, of each kind, under greedy decoding;
     of the known ones also at the default sampling, and with tools that none of them needs."""
-    lines = [json.loads(line) for line in HELD_OUT.read_text("utf-8").splitlines()]
+    lines = of_kind("known") + of_kind("unknown") + of_kind("tool")
     tokenizer, model = chatglm.load(folder, device="cpu", quantize=quantize)
-
-    async def share_right(engine: chatglm.Engine, kind: str, **settings) -> float:
-        right = await asyncio.gather(
-            *(is_right(engine, line, **settings) for line in lines if line["kind"] == kind)
-        )
-        return sum(right) / len(right)
 
     async def shares() -> dict[str, float]:
         with chatglm.Engine(tokenizer, model, max_waiting=9 * len(lines)) as engine:
-            share = functools.partial(share_right, engine)
+
+            def share(kind: str, **settings) -> Awaitable[float]:
+                return share_right(engine, of_kind(kind), **settings)
+
             greedy, tools, unknown, calls, *sampled = await asyncio.gather(
                 share("known", temperature=0),
                 share("known", tools=True, temperature=0),

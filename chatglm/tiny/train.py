@@ -1,7 +1,7 @@
 """Trains the tiny ChatGLM that comes with the project, from scratch, on a CPU.
 
-    python -m chatglm.tiny.train                    # 17 to 20 minutes on two cores
-    python -m chatglm.tiny.train --out /tmp/mine    # leave the bundled one alone
+    python -m chatglm.tiny.train --out /tmp/mine       # 17 to 20 minutes on two cores
+    python -m chatglm.tiny.train --out chatglm/tiny    # replace the bundled one
 
 From `corpus.jsonl` it makes a checkpoint in the published ChatGLM3 format: `tokenizer.model`
 (SentencePiece), `config.json`, `tokenizer_config.json` and `model.safetensors` (float16, the
@@ -136,29 +136,42 @@ def look_back(model: GlmForCausalLM, sharpness: float = 6.0) -> None:
         query[1:16:2] = -sharpness * torch.sin(distance * angles)
 
 
-def train(model: GlmForCausalLM, corpus: Corpus, tokenizer: ChatGLMTokenizer) -> GlmForCausalLM:
-    """Returns the model with the average of its last weights."""
+def train(
+    model: GlmForCausalLM,
+    corpus: Corpus,
+    tokenizer: ChatGLMTokenizer,
+    kinds: list[Batch] = BATCHES,
+    steps: int = STEPS,
+    rate: float = 1.0,
+    tied: float = TIED_FRACTION,
+    average_over: float = AVERAGE,
+) -> GlmForCausalLM:
+    """Returns the model with the average of its last weights. `rate` scales both learning rates;
+    `finetune.py` takes small steps, and few."""
     embedding, output = model.model.embed_tokens.weight, model.lm_head.weight
-    output.data.copy_(embedding)
+    if tied:
+        output.data.copy_(embedding)
     # Muon for the matrices inside the layers learns in fewer steps than AdamW for everything.
     layers = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if not any(p is q for q in layers)]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(layers, lr=MUON_RATE, weight_decay=0.1, momentum=0.95),
-        torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+        torch.optim.Muon(layers, lr=rate * MUON_RATE, weight_decay=0.1, momentum=0.95),
+        torch.optim.AdamW(
+            others, lr=rate * ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        ),
     ]
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step: min((step + 1) / WARMUP_STEPS, 1.0, 0.02 + 2 * (1 - step / STEPS)),
+            lambda step: min((step + 1) / WARMUP_STEPS, 1.0, 0.02 + 2 * (1 - step / steps)),
         )
         for optimizer in optimizers
     ]
     average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE)
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(average_over)
     )
-    drawn = itertools.islice(batches(corpus, tokenizer, BATCHES), STEPS)
-    bar = tqdm(drawn, desc="training", unit="step", total=STEPS)
+    drawn = itertools.islice(batches(corpus, tokenizer, kinds), steps)
+    bar = tqdm(drawn, desc="training", unit="step", total=steps)
     for step, (input_ids, counts) in enumerate(bar):
         # Rows are padded on the right and attention looks left only, so no mask is needed.
         learn = counts[:, 1:] > 0
@@ -176,9 +189,7 @@ def train(model: GlmForCausalLM, corpus: Corpus, tokenizer: ChatGLMTokenizer) ->
             / counts.sum()
         )
         loss.backward()
-        if (
-            step < TIED_FRACTION * STEPS and output.grad is not None
-        ):  # equal gradients keep them tied
+        if step < tied * steps and output.grad is not None:  # equal gradients keep them tied
             output.grad.copy_(embedding.grad.add_(output.grad))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -229,12 +240,14 @@ def save(model: GlmForCausalLM, tokenizer_model: bytes, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the tiny ChatGLM.")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder (default: the bundled one)")
+    parser.add_argument("--out", type=Path, help=f"where to write it; {HERE} replaces the bundled")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", action="store_true", help="only measure the model in --out")
     parser.add_argument("--quantize", choices=["int8", "int4"], help="measure it quantised")
     args = parser.parse_args()
     if not args.evaluate:
+        if args.out is None:
+            parser.error("--out is missing: a folder for the new model")
         keep_memory()
         lines = (HERE / "corpus.jsonl").read_text("utf-8").splitlines()
         corpus = Corpus([json.loads(line) for line in lines], args.seed)
@@ -245,7 +258,7 @@ def main() -> None:
         look_back(model)
         model = train(model, corpus, tokenizer)
         save(model.eval(), tokenizer_model, args.out)
-    for name, share in evaluate(args.out, args.quantize).items():
+    for name, share in evaluate(args.out or HERE, args.quantize).items():
         print(f"held-out questions, {name}: {share:.1%} right")
 
 

@@ -1,0 +1,1 @@
+"""The labs of the course. Start with labs/README.md."""
