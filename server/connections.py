@@ -60,29 +60,39 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.address = network_of(self.client[0]) if self.client else ""
-        held = Counter(each.address for each in cast("set[LimitedProtocol]", self.connections))
+        held = Counter(each.address for each in self.everyone if not each.is_limited)
         mine = held[self.address] > max(1, self.max_connections - FOR_OTHERS)
-        if mine or len(self.connections) > self.max_connections:
+        if mine or held.total() > self.max_connections:
             self.make_room(held, only_mine=mine)
         self.wait(HEAD_TIMEOUT)
 
     def make_room(self, held: Counter[str], only_mine: bool) -> None:
         """Closes the oldest idle connection of the client that has most. If there is none, this
         connection may ask for /health only, or nothing."""
-        everyone = cast("set[LimitedProtocol]", self.connections)
         idle = [
             each
-            for each in everyone
+            for each in self.everyone
             if each is not self and each.is_idle and not each.transport.is_closing()
         ]
+        full = [each for each in idle if not each.is_limited]
         if only_mine:
-            idle = [each for each in idle if each.address == self.address]
-        if idle:
-            max(idle, key=lambda each: (held[each.address], -each.since)).transport.abort()
-        elif len(self.connections) <= self.max_connections + FOR_HEALTH:
-            self.app = health_only(self.answering)
-        else:
-            self.transport.abort()
+            full = [each for each in full if each.address == self.address]
+        if full:
+            max(full, key=lambda each: (held[each.address], -each.since)).transport.abort()
+            return
+        self.app = health_only(self.answering)
+        if len(self.connections) > self.max_connections + FOR_HEALTH:
+            limited = [each for each in idle if each.is_limited]
+            min(limited, key=lambda each: each.since, default=self).transport.abort()
+
+    @property
+    def everyone(self) -> set[LimitedProtocol]:
+        return cast("set[LimitedProtocol]", self.connections)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it may ask for /health only. Such connections do not count against the limit."""
+        return self.app is not self.answering
 
     @property
     def is_idle(self) -> bool:
