@@ -137,8 +137,9 @@ def load_bundled() -> tuple[ChatGLMTokenizer, GlmForCausalLM]:
     return tokenizer, model
 
 
-def shares(folder: Path, pairs: list[dict]) -> dict[str, float]:
-    """Shares of questions that get the right answer, character for character, at temperature 0."""
+def shares(folder: Path, pairs: list[dict], only: str = "") -> dict[str, float]:
+    """Shares of questions that get the right answer, character for character, at temperature 0:
+    those whose names begin with `only`."""
     tokenizer, model = chatglm.load(folder, device="cpu")
 
     async def ask() -> dict[str, float]:
@@ -151,6 +152,7 @@ def shares(folder: Path, pairs: list[dict]) -> dict[str, float]:
                     "old, held-out wordings": of_kind("known"),
                     "unrelated, an honest no": of_kind("unknown"),
                 }.items()
+                if name.startswith(only)
             }
 
     return asyncio.run(ask())
