@@ -62,7 +62,9 @@ def test_a_step_of_it_changes_the_weights_and_what_is_written_can_be_served(tmp_
     tokenizer, model = finetune.load_bundled()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     corpus = finetune.mixed(finetune.read_questions(EXAMPLE), seed=0)
-    trained = train(model, corpus, tokenizer, finetune.BATCHES, 1, finetune.RATE, 0, 0.0)
+    trained = train(
+        model, corpus, tokenizer, finetune.BATCHES, 1, finetune.RATE, 0, 0.0, finetune.HALF
+    )
     assert any(not torch.equal(before[n], w) for n, w in trained.state_dict().items())
     save(trained.eval(), (HERE / "tokenizer.model").read_bytes(), tmp_path)
     loaded, served = chatglm.load(tmp_path, device="cpu")

@@ -34,6 +34,8 @@ SHARE = 0.5  # of the questions that are drawn are new ones
 STEPS = 200
 RATE = 0.25  # of the learning rates that the bundled model was trained with
 AVERAGE = 0.95  # decay of the average of the weights, about the last twenty steps
+# Without AVX-512, an x86 processor emulates bfloat16, and takes far longer than in float32.
+HALF = torch.backends.cpu.get_cpu_capability() not in ("AVX2", "DEFAULT")
 BATCHES = [
     Batch(64, 0.60),  # whole answers, new and old
     Batch(48, 0.10, follow_up=0.9, cut=20),  # the rest keeps what the model can do already
@@ -128,14 +130,16 @@ def mixed(pairs: list[dict], seed: int) -> Corpus:
 
 def load_bundled() -> tuple[ChatGLMTokenizer, GlmForCausalLM]:
     """The bundled model as transformers' own network, which can be trained."""
-    tokenizer, bundled = chatglm.load(HERE, device="cpu")
+    _, bundled = chatglm.load(HERE, device="cpu")
+    tokenizer = ChatGLMTokenizer((HERE / "tokenizer.model").read_bytes(), "chatglm3")
     model = GlmForCausalLM(translate_config(CONFIG, "the tiny ChatGLM"))
     model.load_state_dict(bundled.state_dict())
     return tokenizer, model
 
 
-def shares(folder: Path, pairs: list[dict]) -> dict[str, float]:
-    """Shares of questions that get the right answer, character for character, at temperature 0."""
+def shares(folder: Path, pairs: list[dict], only: str = "") -> dict[str, float]:
+    """Shares of questions that get the right answer, character for character, at temperature 0:
+    those whose names begin with `only`."""
     tokenizer, model = chatglm.load(folder, device="cpu")
 
     async def ask() -> dict[str, float]:
@@ -148,6 +152,7 @@ def shares(folder: Path, pairs: list[dict]) -> dict[str, float]:
                     "old, held-out wordings": of_kind("known"),
                     "unrelated, an honest no": of_kind("unknown"),
                 }.items()
+                if name.startswith(only)
             }
 
     return asyncio.run(ask())
@@ -172,7 +177,7 @@ def main() -> None:
     tokenizer, model = load_bundled()
     torch.manual_seed(args.seed)
     corpus = mixed(pairs, args.seed)
-    model = train(model, corpus, tokenizer, BATCHES, args.steps, RATE, 0, AVERAGE)
+    model = train(model, corpus, tokenizer, BATCHES, args.steps, RATE, 0, AVERAGE, HALF)
     save(model.eval(), (HERE / "tokenizer.model").read_bytes(), args.out)
     after = shares(args.out, pairs)
     print(f"{'right answers':24} before  after")

@@ -145,6 +145,7 @@ def train(
     rate: float = 1.0,
     tied: float = TIED_FRACTION,
     average_over: float = AVERAGE,
+    bfloat16: bool = True,
 ) -> GlmForCausalLM:
     """Returns the model with the average of its last weights. `rate` scales both learning rates;
     `finetune.py` takes small steps, and few."""
@@ -178,7 +179,7 @@ def train(
         counts = counts[:, 1:][learn]
         # Eager attention is faster for short rows.
         model.set_attn_implementation("eager" if input_ids.shape[1] < 500 else "sdpa")
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             hidden = model.model(input_ids[:, :-1], use_cache=False).last_hidden_state  # [B, L, H]
             logits = model.lm_head(hidden[learn])  # [n, V]
         loss = (
