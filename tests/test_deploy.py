@@ -67,6 +67,12 @@ QUICK = {
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
 }
+# On a slow machine the way in is not dead because it takes more than 5 or 10 seconds to say so: Ray
+# would end it, and with it what is under way.
+PATIENT = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(LIMIT),
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(LIMIT),
+}
 LONG = {**ENDLESS, "max_length": 200}
 
 
@@ -86,6 +92,7 @@ class Cluster(Server):
         self.environment = {
             **BARE,
             **QUICK,
+            **PATIENT,
             "HELD": str(self.folder),
             "RAY_TMPDIR": str(self.folder),
             "RAY_AUTH_MODE": "token",
