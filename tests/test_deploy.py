@@ -67,6 +67,12 @@ QUICK = {
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
 }
+# On a slow machine the way in is not dead because it takes more than 5 or 10 seconds to say so: Ray
+# would end it, and with it what is under way.
+PATIENT = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(LIMIT),
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(LIMIT),
+}
 LONG = {**ENDLESS, "max_length": 200}
 
 
@@ -82,10 +88,11 @@ class Cluster(Server):
     def start(self):
         self._folder = tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True)
         self.folder, self.port, port = Path(self._folder.name), free_port(), free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url, self.is_fixed = f"http://127.0.0.1:{self.port}", False
         self.environment = {
             **BARE,
             **QUICK,
+            **PATIENT,
             "HELD": str(self.folder),
             "RAY_TMPDIR": str(self.folder),
             "RAY_AUTH_MODE": "token",
@@ -143,6 +150,12 @@ class Cluster(Server):
         self._folder.cleanup()
         assert left == []
 
+    def known(self):
+        """How many replicas the way in sends requests to, as it last said."""
+        logs = self.folder / "ray" / "session_latest" / "logs" / "serve"
+        text = "".join(file.read_text("utf-8") for file in logs.glob("proxy*.log"))
+        return int(re.findall(r"(\d+) replicas, \d+ vnodes", text)[-1])
+
     def replicas(self):
         """The processes, by their ids."""
         family = {child.pid for child in psutil.Process(self.process.pid).children(recursive=True)}
@@ -195,8 +208,11 @@ def one_of_each(url):
 @pytest.fixture
 def sessions(server):
     """One of each replica, of which there are two whatever the load."""
-    if not hasattr(server, "is_fixed"):  # it may have been started anew
+    if not server.is_fixed:  # it may have been started anew
+        before = server.replicas()
         server.serve("min-replicas=2")
+        until(lambda: len(server.replicas() - before) == 2 and not server.replicas() & before)
+        until(lambda: server.known() == 2)
         server.is_fixed = True
     with server.held(), crowd(server.url, 1, "0", **LONG):
         return until(lambda: one_of_each(server.url))
