@@ -43,7 +43,7 @@ from starlette.exceptions import HTTPException
 
 import chatglm
 from chatglm.text.messages import extend_history, to_messages
-from server import openai_api, sse
+from server import http1, openai_api, sse  # noqa: F401  (http1 mends uvicorn)
 from server.admission import AUTH, AllowedOrigins, admit
 from server.bodies import ChatBody, RepetitionPenalty, Seed, Temperature, TopP
 from server.listener import bind, url_of
