@@ -38,6 +38,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi_offline import FastAPIOffline
 from pydantic import ConfigDict, Field
 from starlette.exceptions import HTTPException
 
@@ -46,6 +47,7 @@ from chatglm.text.messages import extend_history, to_messages
 from server import http1, openai_api, sse  # noqa: F401  (http1 mends uvicorn)
 from server.admission import AUTH, AllowedOrigins, admit
 from server.bodies import ChatBody, RepetitionPenalty, Seed, Temperature, TopP
+from server.heads import Heads
 from server.listener import bind, url_of
 from server.refusals import REFUSAL, documented, error_response
 from server.responses import AnswerResponse, unless_disconnected
@@ -98,11 +100,13 @@ async def process(chunks: AsyncGenerator[chatglm.Chunk, None]) -> AsyncGenerator
                 # the next frame is already there nothing would: the loop could not tell us that
                 # the client has disconnected, and the answer would go on to its end for nobody.
                 await asyncio.sleep(0)
+            if chunk.finish_reason == "length":  # sent twice, the last frame says: it was cut
+                yield "<^>" + escape(chunk.text)
 
 
 ANSWERS = {  # for /docs
     "text/plain": "<^>H<^>Hi!",
-    "application/json": {"response": "Hi!", "status": 200, "history": [["Hi", "Hi!"]], "time": "…"},
+    "application/json": {"response": "Hi!", "history": [["Hi", "Hi!"]], "finish_reason": "stop"},
 }
 
 
@@ -134,6 +138,7 @@ async def whole(chunks: AsyncGenerator[chatglm.Chunk, None], body: Chat) -> dict
         "response": chunk.text,
         "status": 200,
         "history": extend_history(body.history, body.prompt, chunk.text),
+        "finish_reason": chunk.finish_reason,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
@@ -207,11 +212,13 @@ def load(settings: Settings) -> None:
     )
 
 
-app = FastAPI(title="A ChatGLM chat server", lifespan=lifespan)
+# FastAPI's own /docs fetches its scripts from another server; this one serves them itself.
+app = FastAPIOffline(redoc_url=None, title="A ChatGLM chat server", lifespan=lifespan)
 app.include_router(router)
 app.include_router(sse.make_router(Chat))
 app.include_router(openai_api.router)
 app.add_middleware(AllowedOrigins)
+app.add_middleware(Heads)
 app.add_exception_handler(HTTPException, error_response)
 app.add_exception_handler(chatglm.EngineError, error_response)
 

@@ -1,19 +1,21 @@
 """Choosing the next token, for many sequences in one batch, each with its own settings.
 
-Temperature, nucleus (top_p), repetition penalty and seed are given per row, so no sequence's
+Each row has its own temperature, top_p, top_k, min_p, penalties, biases and seed, so no sequence's
 settings affect its neighbours. Randomness is counter-based: the noise of a token depends only on
 the seed, the position and the token, not on what else is in the batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from chatglm.errors import PromptTooLong
 
-DEFAULT_MAX_LENGTH = 2048  # tokens of prompt and answer, where a request sets no limit
+DEFAULT_MAX_LENGTH = 2048  # tokens of prompt and answer on POST /; the KV cache is made for these
 CANDIDATES = 32  # the likeliest tokens; they nearly always hold the whole nucleus
 # Odd 64-bit multipliers of splitmix64 (Steele, Lea and Flood 2014), as signed integers.
 GOLDEN, MIX_1, MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
@@ -25,10 +27,52 @@ class SamplingParams:
 
     temperature: float = 0.95  # 0 is greedy
     top_p: float = 0.7  # nucleus sampling
+    top_k: int = 0  # the k likeliest tokens alone; 0: all
+    min_p: float = 0.0  # no token that is less likely than this times the likeliest
     repetition_penalty: float = 1.0  # over 1 discourages repetition
+    presence_penalty: float = 0.0  # over 0 discourages tokens that the answer has already
+    frequency_penalty: float = 0.0  # the same, each time that it has them
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its score)
+    logprobs: int | None = None  # with each token, its log-probability and so many alternatives
     seed: int | None = None  # 32 bits; the same seed gives the same answer
+    # Without any limit, the answer may fill the context.
     max_length: int | None = None  # of prompt and answer together
-    max_new_tokens: int | None = None  # of the answer alone; the smaller bound holds
+    max_new_tokens: int | None = None  # from the first visible one on; the smaller bound holds
+
+    @property
+    def has_bias(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+
+class TokenLogprob(NamedTuple):
+    """How likely the network found a token: at temperature 1, before penalties and biases."""
+
+    token: int
+    logprob: float
+    alternatives: list[tuple[int, float]]  # the likeliest tokens, with their log-probabilities
+
+
+class Bias:
+    """What is added to a sequence's scores, `values` [V]: `logit_bias`, less the presence penalty
+    of each token that its answer has, and the frequency penalty times how often it has it.
+
+    Formula: https://platform.openai.com/docs/api-reference/chat/create (frequency_penalty)
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device) -> None:
+        self.params = params
+        self.values = torch.zeros(vocab_size, device=device)
+        for token, bias in params.logit_bias:
+            self.values[token] += bias
+        self._present: set[int] = set()
+
+    def count(self, tokens: Iterable[int]) -> None:
+        """Takes further tokens of the answer into account."""
+        for token in tokens:
+            self.values[token] -= self.params.frequency_penalty
+            if token not in self._present:
+                self.values[token] -= self.params.presence_penalty
+                self._present.add(token)
 
 
 def check_room(prompt_tokens: int, max_length: int, context: int, exact: bool = True) -> int:
@@ -36,8 +80,7 @@ def check_room(prompt_tokens: int, max_length: int, context: int, exact: bool = 
     PromptTooLong if there are none. If `prompt_tokens` is not `exact`, it is a lower bound."""
     if prompt_tokens < min(max_length, context):
         return min(max_length, context) - prompt_tokens
-    advice = "shorten the history" + (", or raise max_length" if max_length < context else "")
-    raise PromptTooLong(prompt_tokens, min(max_length, context), advice, exact)
+    raise PromptTooLong(prompt_tokens, max_length, context, exact)
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -65,11 +108,14 @@ def choose(
     top_p: torch.Tensor,
     seed: torch.Tensor,
     position: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The next token [n] for each row of `logits` [n, V], float32; the other arguments are [n].
 
     Temperature 0 is greedy. top_p keeps the fewest most likely tokens whose probabilities sum to
-    at least top_p (Holtzman et al. 2020), always one at least.
+    at least top_p (Holtzman et al. 2020), always one at least. It is of what top_k leaves, as in
+    transformers. The last two are given together, where a row uses one of them.
     """
     on_cpu = logits.device.type == "cpu"  # there, reading values costs nothing
     greedy = None if on_cpu and temperature.all() else logits.argmax(dim=-1)
@@ -80,14 +126,11 @@ def choose(
     # Sorting a whole vocabulary takes longer than the network. Mostly, a few candidates have
     # enough probability.
     candidates = min(CANDIDATES, logits.shape[-1]) if on_cpu else logits.shape[-1]
-    drawn, mass = draw(probabilities, candidates, top_p, seed, position)
-    if (
-        on_cpu
-        and candidates < logits.shape[-1]
-        and (few := (mass < top_p).nonzero().squeeze(1)).numel()
-    ):
+    drawn, enough = draw(probabilities, candidates, top_p, seed, position, top_k, min_p)
+    if on_cpu and candidates < logits.shape[-1] and (few := (~enough).nonzero().squeeze(1)).numel():
+        settings = (None if each is None else each[few] for each in (top_k, min_p))
         drawn[few], _ = draw(
-            probabilities[few], logits.shape[-1], top_p[few], seed[few], position[few]
+            probabilities[few], logits.shape[-1], top_p[few], seed[few], position[few], *settings
         )
     return drawn if greedy is None else torch.where(temperature > 0, drawn, greedy)
 
@@ -98,15 +141,28 @@ def draw(
     top_p: torch.Tensor,
     seed: torch.Tensor,
     position: torch.Tensor,
+    top_k: torch.Tensor | None,
+    min_p: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token [n] from the nucleus of each row, if that is within its `candidates` likeliest, and
-    how much probability [n] these have."""
+    """A token [n] from what top_k, top_p and min_p leave of each row, and whether all of that is
+    within the row's `candidates` likeliest tokens, [n]. If not, the token does not count."""
     ordered, tokens = probabilities.topk(candidates, dim=-1)  # [n, candidates]
     before = ordered.cumsum(dim=-1) - ordered  # mass ahead of each
+    enough = ordered.sum(dim=-1) >= top_p
+    if top_k is None or min_p is None:
+        kept = before < top_p[:, None]
+    else:
+        limited = top_k > 0
+        rank = torch.arange(candidates, device=ordered.device)
+        first = (rank < top_k[:, None]) | ~limited[:, None]  # [n, candidates]
+        mass = torch.where(limited, (ordered * first).sum(dim=-1), 1.0)
+        likely = ordered >= min_p[:, None] * ordered[:, :1]
+        kept = first & likely & (before < (top_p * mass)[:, None])
+        enough = torch.where(limited, top_k <= candidates, enough)
     noise = gumbel_noise(seed, position, tokens)
-    ranked = torch.where(before < top_p[:, None], ordered.log() + noise, -torch.inf)
+    ranked = torch.where(kept, ordered.log() + noise, -torch.inf)
     drawn = tokens.gather(1, ranked.argmax(dim=-1, keepdim=True)).squeeze(1)
-    return drawn, ordered.sum(dim=-1)
+    return drawn, enough
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:

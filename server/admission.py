@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import chatglm
 from server.bodies import ChatBody
+from server.heads import notice_unknown_fields
 from server.refusals import BadRequest
 
 UPLOAD_TIMEOUT = 60  # seconds for a body to arrive, so that a slow upload cannot hold a connection
@@ -46,6 +47,8 @@ async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
         )
     except ValueError as error:
         raise BadRequest(error) from error
+    notice_unknown_fields(request, body)
+    sequence.trace_id = request.state.trace_id
     if request.app.state.settings.log_prompts:
         logger.info("prompt: %s", messages[-1]["content"])
     return Admitted(body, await engine.submit(sequence))

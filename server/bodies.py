@@ -6,12 +6,13 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -96,6 +97,13 @@ class ChatBody(StrictModel):
     """The body of a request for an answer, in any protocol."""
 
     stream: bool = False
+    IGNORED: ClassVar[frozenset[str]] = frozenset()  # what changes nothing; others are noticed
+    _unknown_fields: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def unknown_fields(self) -> list[str]:
+        """What the request had besides."""
+        return self._unknown_fields
 
     @abstractmethod
     def to_messages(self) -> list[dict]:
@@ -131,13 +139,16 @@ class ChatBody(StrictModel):
     def from_fields(cls, fields: object) -> Self:
         """From what was JSON. Raises ValueError, naming the first field that is wrong."""
         try:
-            return cls.model_validate(fields)
+            body = cls.model_validate(fields)
         except ValidationError as errors:
             first = errors.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"]))
             if not field:
                 raise ValueError(f"the body {problem(first)}") from errors
             raise InvalidField(field, problem(first)) from errors
+        known = cls.model_fields.keys() | cls.IGNORED
+        body._unknown_fields = [name for name in fields if name not in known]  # type: ignore
+        return body
 
     # For /docs: FastAPI sees nothing of a body that the route reads itself.
 

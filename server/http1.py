@@ -52,7 +52,8 @@ class Parser:
     # What the parser calls
 
     def on_message_begin(self) -> None:
-        self.url, self.head, self.has_offer = b"", [], False
+        self.head: list[bytes] = []
+        self.url, self.has_offer = b"", False
         self.protocol.on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -102,7 +103,7 @@ class Cycle(RequestResponseCycle):
 
 def connection_made(self: HttpToolsProtocol, transport: asyncio.Transport) -> None:
     uvicorns_own(self, transport)
-    self.parser = Parser(self)
+    setattr(self, "parser", Parser(self))
 
 
 # Into uvicorn's own class, not a subclass: `uvicorn api:app` has chosen its protocol by the time

@@ -9,7 +9,7 @@ import json
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from chatglm import InvalidField, SamplingParams
 from chatglm.errors import preview
@@ -24,21 +24,9 @@ from server.bodies import (
     TopP,
     one_of,
 )
+from server.openai_fields import IGNORED, UNSUPPORTED, refuse_unsupported, without_unset
 
 ROLES = {"developer": "system", "tool": "observation", "function": "observation"}  # our names
-
-# What would change the answer and is not supported, with the values that ask for nothing.
-UNSUPPORTED: dict[str, list[Any]] = {
-    "n": [1],
-    "logprobs": [False],
-    "top_logprobs": [0],
-    "logit_bias": [{}],
-    "functions": [[]],
-    "frequency_penalty": [0],
-    "presence_penalty": [0],
-    "response_format": [{"type": "text"}],
-    "modalities": [["text"]],
-}
 
 
 class ContentPart(StrictModel):
@@ -46,8 +34,14 @@ class ContentPart(StrictModel):
     text: str
 
 
+class OtherPart(StrictModel):
+    """Known only to be refused as what it is."""
+
+    type: Literal["image_url", "input_image", "input_audio", "audio_url", "video_url", "file"]
+
+
 Content = Annotated[
-    str | list[ContentPart] | None,
+    str | list[ContentPart | OtherPart] | None,
     one_of('a string or a list of {"type": "text", "text": …} parts'),
 ]
 
@@ -65,23 +59,33 @@ class Message(StrictModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = None
     tool_calls: list[MessageToolCall] | None = None
+    function_call: FunctionCall | None = Field(None, description="a call, in its older form")
 
     def to_messages(self, where: str) -> list[dict]:
         """As the tokenizer takes them: what is said, then each call. Raises InvalidField."""
         content = self.content or ""
         if not isinstance(content, str):
-            content = "".join(part.text for part in content)
+            content = "".join(text_of(part, f"{where}.content") for part in content)
         check_text(content, f"{where}.content")
-        calls = [
-            write_call(
-                call.function.name,
-                read_arguments(call.function.arguments, f"{where}.tool_calls.{i}.function"),
-            )
+        functions = {
+            f"{where}.tool_calls.{i}.function": call.function
             for i, call in enumerate(self.tool_calls or [])
+        }
+        if self.function_call:
+            functions[f"{where}.function_call"] = self.function_call
+        calls = [
+            write_call(function.name, read_arguments(function.arguments, place))
+            for place, function in functions.items()
         ]
         if calls and not content:
             return calls
         return [{"role": ROLES.get(self.role, self.role), "content": content}, *calls]
+
+
+def text_of(part: ContentPart | OtherPart, where: str) -> str:
+    if isinstance(part, OtherPart):
+        raise InvalidField(where, f"has a part of type {part.type!r}; this model reads text alone")
+    return part.text
 
 
 class FunctionDefinition(StrictModel):
@@ -112,7 +116,10 @@ class StreamOptions(StrictModel):
 
 class ChatCompletionRequest(ChatBody):
     """A conversation to go on with. Fields that are not listed are ignored, but for those that
-    would change the answer (n, logprobs, response_format, …): they are refused."""
+    would change the answer (response_format, functions, …): they are refused. -1, 0 and "" count
+    as absent where they can mean nothing."""
+
+    IGNORED = IGNORED | UNSUPPORTED.keys()
 
     model_config = ConfigDict(
         extra="allow",
@@ -135,10 +142,13 @@ class ChatCompletionRequest(ChatBody):
     tools: list[Tool] = []
     tool_choice: ToolChoice = "auto"
 
+    @model_validator(mode="before")
+    @classmethod
+    def drop_unset(cls, fields: object) -> object:
+        return without_unset(fields)
+
     def to_messages(self) -> list[dict]:
-        for field, value in (self.model_extra or {}).items():
-            if field in UNSUPPORTED and value not in UNSUPPORTED[field]:
-                raise InvalidField(field, f"{preview(value)} is not supported; leave it out")
+        refuse_unsupported(self.model_extra or {})
         if self.messages[-1].role == "assistant":
             raise InvalidField("messages", "must not end with the assistant's; add the user's")
         messages: list[dict] = []

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import requests
 
-from tests.servers import BARE, HERE, LIMIT, health, started, until
+from tests.servers import BARE, HERE, LIMIT, health, until
 
 BODY = {"prompt": "hello", "temperature": 0}
 V1 = "/v1/chat/completions"

@@ -27,6 +27,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from chatglm.engine import cpu_attention
 from chatglm.engine.cpu_glm import FusedGlmMixin
+from chatglm.engine.rows import RowExtras
 from chatglm.engine.sequence import LatestOutput, Output, Sequence
 from chatglm.hardware.device import free_memory
 from chatglm.sampling import DEFAULT_MAX_LENGTH, choose, penalise
@@ -54,8 +55,10 @@ class Batch:
         # Both must be in place before `warmup` builds what refers to them.
         self._router = self._manager.output_router = SequenceRouter()
         self._manager.logit_processor = SamplerProcessor(
-            model.config.vocab_size, max_running, model.device
+            model.config.vocab_size, max_running, model.device, self._router.sequences
         )
+        # Under CUDA graphs, which need flash attention, no Python runs in a step.
+        self.offers_logprobs = model.device.type == "cpu" or not is_flash_attn_2_available()
         config = self._manager.continuous_batching_config
         if model.device.type == "cpu":
             model.set_attn_implementation(cpu_attention.NAME)
@@ -100,7 +103,11 @@ class Batch:
             temperature=float(params.temperature),
             top_p=float(params.top_p),
             repetition_penalty=float(params.repetition_penalty),
+            min_p=float(params.min_p),
             seed=params.seed,
+            top_k=params.top_k,
+            has_bias=params.has_bias,
+            has_logprobs=params.logprobs is not None,
         )
         if accepted is None:
             del self._router.sequences[sequence.batch_id]
@@ -187,20 +194,39 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
 
     It gives the chosen token log-probability 0 and all others minus infinity, so the library's
     argmax takes it. A row with a NaN or infinity is marked by NaN, which reaches that sequence
-    alone, as its token's log-probability. The settings travel in an int32 tensor [5, rows] that
+    alone, as its token's log-probability. The settings travel in an int32 tensor [7, rows] that
     the library owns, because a CUDA graph replays with what lies there. Floats are stored in it
     bit for bit.
     """
 
-    FLOATS = ("temperature", "top_p", "repetition_penalty")
+    FLOATS = ("temperature", "top_p", "repetition_penalty", "min_p")
+    INTEGERS = ("seed", "top_k")
 
-    def __init__(self, vocab_size: int, max_running: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        max_running: int,
+        device: torch.device,
+        sequences: dict[str, Sequence] | None = None,
+    ) -> None:
         super().__init__(LogitsProcessorList())
-        self.supported_keys = {**dict.fromkeys(self.FLOATS, float), "seed": int}
-        self.tensors_required = len(self.FLOATS) + 2  # and the seed, and the position
+        self.supported_keys = {
+            **dict.fromkeys(self.FLOATS, float),
+            **dict.fromkeys(self.INTEGERS, int),
+            **RowExtras.KEYS,
+        }
+        # The position comes last.
+        self.tensors_required = len(self.FLOATS) + len(self.INTEGERS) + 1
+        self.ignored_keys: set[str] = set()
         self.do_processing = True
         self.seen = torch.zeros(max_running, vocab_size, dtype=torch.bool, device=device)
-        self.penalising = False  # whether a row of this step has a penalty; used on a CPU only
+        self.extras = RowExtras(
+            vocab_size, max_running, device, {} if sequences is None else sequences
+        )
+        self.on_cpu = device.type == "cpu"
+        # Whether a row of this step has the penalty, top_k or min_p. On a CPU, what no row has is
+        # left out; a CUDA graph does the same in every step.
+        self.penalising = self.truncating = False
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()
@@ -212,20 +238,20 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
         settings = [state.logit_processor_kwargs for state in states]
         floats = torch.tensor([[s[name] for s in settings] for name in self.FLOATS])
         # position_offset already counts the tokens of this step.
-        seeds_and_positions = [
-            [s["seed"] for s in settings],
-            [state.position_offset for state in states],
-        ]
+        integers = [[s[name] for s in settings] for name in self.INTEGERS]
+        integers.append([state.position_offset for state in states])
         # A seed has 32 bits and no sign: int64 first, then the lower half of it.
-        integers = torch.tensor(seeds_and_positions, dtype=torch.int64).to(torch.int32)
+        lower = torch.tensor(integers, dtype=torch.int64).to(torch.int32)
         device = arg_storage.device
         arg_storage[:, : len(requests_in_batch)] = 0
-        arg_storage[:3, : len(states)] = floats.view(torch.int32).to(device)
-        arg_storage[3:, : len(states)] = integers.to(device)
+        arg_storage[: len(self.FLOATS), : len(states)] = floats.view(torch.int32).to(device)
+        arg_storage[len(self.FLOATS) :, : len(states)] = lower.to(device)
         self.penalising = any(s["repetition_penalty"] != 1.0 for s in settings)
+        self.truncating = any(s["top_k"] or s["min_p"] for s in settings)
         for row, state in enumerate(states):
             if state.logit_processor_kwargs["repetition_penalty"] != 1.0:
                 self.seen[row] = self._seen_by(state)
+        self.extras.prepare(states)
         return arg_storage
 
     def _seen_by(self, state) -> torch.Tensor:
@@ -243,12 +269,16 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
     def __call__(
         self, input_ids: torch.Tensor, scores: torch.Tensor, args: torch.Tensor
     ) -> torch.Tensor:
-        temperature, top_p, penalty = args[:3].view(torch.float32)
-        seed, position = args[3:].long()
-        if self.penalising or scores.device.type != "cpu":
+        temperature, top_p, penalty, min_p = args[: len(self.FLOATS)].view(torch.float32)
+        seed, top_k, position = args[len(self.FLOATS) :].long()
+        raw_scores = scores
+        if self.penalising or not self.on_cpu:
             penalty = torch.where(penalty > 0, penalty, 1.0)  # rows that only prefill have 0
             scores = penalise(scores, self.seen[: len(scores)], penalty)
-        token = choose(scores, temperature, top_p, seed & 0xFFFFFFFF, position)
+        scores = self.extras.add_biases(scores)
+        limits = (top_k, min_p) if self.truncating or not self.on_cpu else ()
+        token = choose(scores, temperature, top_p, seed & 0xFFFFFFFF, position, *limits)
+        self.extras.record(raw_scores, token)
         # A sum is finite if all its terms are. Ten times faster than `isfinite` on every element.
         mark = torch.where(torch.isfinite(scores.sum(dim=-1)), 0.0, torch.nan)
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], mark[:, None])

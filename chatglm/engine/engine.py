@@ -28,13 +28,15 @@ from torch.utils.hooks import RemovableHandle
 from chatglm.engine.admission import AdmissionQueue
 from chatglm.engine.batch import Batch
 from chatglm.engine.sequence import Chunk, LatestOutput, Output, RequestStats, Sequence
-from chatglm.errors import EngineError
+from chatglm.errors import EngineError, InvalidField
 from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
-from chatglm.sampling import DEFAULT_MAX_LENGTH, SamplingParams, check_room
-from chatglm.text.detokenizer import Detokenizer
+from chatglm.sampling import SamplingParams, check_room
+from chatglm.text.detokenizer import REPLACEMENT, Detokenizer
 from chatglm.text.messages import count_characters, extend_history, to_messages
 
+# Room for what stands before the first visible token, such as ChatGLM3's metadata line.
+HIDDEN_TOKENS = 32
 logger = logging.getLogger("chatglm")
 
 
@@ -133,14 +135,18 @@ class Engine:
     ) -> Sequence:
         """Checks and tokenises. Any thread may call it.
 
-        Without any limit in `params`, `max_length` is DEFAULT_MAX_LENGTH. The answer continues
+        Without any limit in `params`, the answer may fill the context. It continues
         `forced_prefix`, such as the name of a tool that must be called. Raises PromptTooLong if
         no token is left for the answer, and ValueError for messages that cannot be encoded.
         """
         params = params or SamplingParams()
-        context, max_length = self.max_request_tokens, params.max_length
-        if max_length is None:
-            max_length = DEFAULT_MAX_LENGTH if params.max_new_tokens is None else context
+        if params.logprobs is not None and self._batch and not self._batch.offers_logprobs:
+            raise InvalidField("logprobs", "are not available with CUDA graphs; leave it out")
+        for token, _ in params.logit_bias:
+            if not 0 <= token < self.model.config.vocab_size:
+                raise InvalidField("logit_bias", f"names {token}, which is no token of this model")
+        context = self.max_request_tokens
+        max_length = context if params.max_length is None else params.max_length
         # What cannot fit is refused before it is tokenised, which would take time and memory.
         longest = self.tokenizer.longest_token
         characters = count_characters(messages, min(max_length, context) * longest)
@@ -150,7 +156,7 @@ class Engine:
             input_ids += self.tokenizer.encode(forced_prefix)
         max_new_tokens = check_room(len(input_ids), max_length, context)
         if params.max_new_tokens is not None:
-            max_new_tokens = min(max_new_tokens, params.max_new_tokens)
+            max_new_tokens = min(max_new_tokens, params.max_new_tokens + HIDDEN_TOKENS)
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(32))
         return Sequence(input_ids, max_new_tokens, params, forced_prefix)
@@ -205,7 +211,9 @@ class Engine:
     def _enqueue(self, sequence: Sequence) -> None:
         assert self._batch is not None
         sequence.request_id = f"request-{next(self._request_numbers)}"
-        sequence.stats = RequestStats(sequence.request_id, len(sequence.input_ids))
+        sequence.stats = RequestStats(
+            sequence.request_id, len(sequence.input_ids), sequence.trace_id
+        )
         # The place is given back with the last token, even if its reader has stopped reading.
         sequence.latest = LatestOutput(lambda: self._admission.release(sequence))
         tokens = len(sequence.input_ids) + sequence.max_new_tokens
@@ -245,16 +253,38 @@ class Engine:
             logger.error("%s: %s", sequence.request_id, output.error)
             self._keep_running()  # if it was the model thread that died
             raise EngineError("the model failed; the answer is broken off")
-        stats, tokens = sequence.stats, output.token_ids
+        stats, params = sequence.stats, sequence.params
+        tokens, is_finished = output.token_ids, output.is_finished
+        if stats.hidden_tokens is None:
+            stats.hidden_tokens = self._hidden_tokens(sequence, tokens)
+        hidden = stats.hidden_tokens
+        if hidden is not None and params.max_new_tokens is not None:
+            limit = hidden + params.max_new_tokens
+            tokens, is_finished = tokens[:limit], is_finished or len(tokens) >= limit
         stopped = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
         detokenizer.push(tokens[stats.completion_tokens : len(tokens) - stopped])
         stats.record(len(tokens))
-        if output.is_finished:
+        if is_finished:
             stats.finish_reason = "stop" if stopped else "length"
-        text = detokenizer.finish() if output.is_finished else detokenizer.text
+        text = detokenizer.finish() if is_finished else detokenizer.text
         raw = sequence.forced_prefix + text
-        visible = self.tokenizer.visible(raw, finished=output.is_finished)
-        return Chunk(visible, raw, stats.prompt_tokens, len(tokens), stats.finish_reason)
+        visible = self.tokenizer.visible(raw, finished=is_finished)
+        shown = len(tokens) - (hidden or 0)
+        logprobs = []
+        if params.logprobs is not None:
+            first = len(sequence.input_ids)
+            told = range(first + (hidden or 0), first + len(tokens) - stopped)
+            logprobs = [sequence.logprobs[position] for position in told]
+        return Chunk(visible, raw, stats.prompt_tokens, shown, stats.finish_reason, logprobs)
+
+    def _hidden_tokens(self, sequence: Sequence, tokens: list[int]) -> int | None:
+        """How many tokens stand before the first with visible text, or None if there is none yet.
+        These do not count for `max_new_tokens`."""
+        for number in range(1, min(len(tokens), HIDDEN_TOKENS + 1) + 1):
+            raw = sequence.forced_prefix + self.tokenizer.decode(tokens[:number])
+            if self.tokenizer.visible(raw.rstrip(REPLACEMENT), finished=False):
+                return number - 1
+        return HIDDEN_TOKENS if len(tokens) > HIDDEN_TOKENS else None
 
     def _keep_running(self) -> None:
         """Starts the model thread if it is not, or no longer, alive."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from chatglm.errors import EngineError
-from chatglm.sampling import SamplingParams
+from chatglm.sampling import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from chatglm.engine.batch import Batch
@@ -27,6 +27,7 @@ class Chunk:
     prompt_tokens: int
     completion_tokens: int
     finish_reason: str | None = None  # "stop" or "length" in the last chunk
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of what a user sees, if asked for
 
 
 class Output(NamedTuple):
@@ -49,6 +50,8 @@ class Sequence:
     params: SamplingParams  # with a seed
     forced_prefix: str = ""  # the answer begins with this text; it is not generated
 
+    trace_id: str = field(default="", init=False)  # what the client calls it, for the log
+
     # Set when the engine takes the request.
     request_id: str = field(default="", init=False)
     client: str = field(default="", init=False)  # who asks: places are shared out by client
@@ -60,6 +63,8 @@ class Sequence:
     batch: Batch | None = field(default=None, init=False)
     batch_id: str = field(default="", init=False)  # its name there, a new one after each pause
     resumed_ids: list[int] = field(default_factory=list, init=False)  # tokens made before a pause
+    # Written by the model thread, if they were asked for, before it reports the token.
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict, init=False)  # by position
 
 
 class LatestOutput:
@@ -139,9 +144,11 @@ class LatestOutput:
 class RequestStats:
     """Counts and times of one request, for its line in the log."""
 
-    def __init__(self, request_id: str, prompt_tokens: int) -> None:
-        self.request_id, self.prompt_tokens, self.completion_tokens = request_id, prompt_tokens, 0
+    def __init__(self, request_id: str, prompt_tokens: int, trace_id: str = "") -> None:
+        self.request_id, self.trace_id = request_id, trace_id
+        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
         self.finish_reason: str | None = None  # None: the reader disconnected
+        self.hidden_tokens: int | None = None  # before the first visible one; None: not yet known
         self.arrived = self.first_token = self.last_token = time.perf_counter()
 
     def record(self, completion_tokens: int) -> None:
@@ -155,7 +162,8 @@ class RequestStats:
         ended = words.get(self.finish_reason, self.finish_reason)
         seconds = self.last_token - self.first_token
         speed = (self.completion_tokens - 1) / seconds if seconds > 0 else 0
+        trace = f", X-Request-Id {self.trace_id}" if self.trace_id else ""
         return (
             f"{self.request_id}: {ended}, {self.prompt_tokens} + {self.completion_tokens} tokens, "
-            f"first after {self.first_token - self.arrived:.2f} s, {speed:.0f} tokens/s"
+            f"first after {self.first_token - self.arrived:.2f} s, {speed:.0f} tokens/s{trace}"
         )

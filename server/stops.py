@@ -1,0 +1,62 @@
+"""Stop sequences: texts that end an answer, found while it streams.
+
+Each character of the answer is looked at once for each stop sequence (Knuth, Morris and Pratt
+1977): a search from the beginning, for each piece of text that comes, would take ever longer.
+"""
+
+from __future__ import annotations
+
+
+class StopSequence:
+    """Follows how much of one text stands at the end of what was read.
+
+    >>> stop = StopSequence("aab")
+    >>> [stop.push(character) for character in "aaab"]
+    [1, 2, 2, 3]
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0  # characters of `text` with which what was read ends
+        # Where a match of n characters breaks off, `_shorter[n - 1]` of them still match.
+        self._shorter = [0]
+        for character in text[1:]:
+            self._shorter.append(self._longest(self._shorter[-1], character))
+
+    def push(self, character: str) -> int:
+        if self.matched == len(self.text):
+            self.matched = self._shorter[self.matched - 1]
+        self.matched = self._longest(self.matched, character)
+        return self.matched
+
+    def _longest(self, matched: int, character: str) -> int:
+        while matched and self.text[matched] != character:
+            matched = self._shorter[matched - 1]
+        return matched + (self.text[matched] == character)
+
+
+class StopSearch:
+    """The text of an answer up to the first stop sequence that is complete."""
+
+    def __init__(self, stops: list[str]) -> None:
+        self._stops = [StopSequence(text) for text in stops]
+        self._read = 0  # characters
+
+    def before_stop(self, text: str, ended: bool) -> tuple[str, bool]:
+        """What of `text`, the answer so far, may be shown, and whether a stop sequence ends it.
+        While more may come, an end that may be the beginning of one is held back.
+
+        >>> search = StopSearch([", b"])
+        >>> search.before_stop("a, ", ended=False), search.before_stop("a, b", ended=False)
+        (('a', False), ('a', True))
+        """
+        if not self._stops:
+            return text, False
+        matched = [stop.matched for stop in self._stops]
+        for i in range(self._read, len(text)):
+            matched = [stop.push(text[i]) for stop in self._stops]
+            complete = [n for n, stop in zip(matched, self._stops) if n == len(stop.text)]
+            if complete:
+                return text[: i + 1 - max(complete)], True
+        self._read = len(text)
+        return (text if ended else text[: len(text) - max(matched)]), False
