@@ -44,9 +44,11 @@ from starlette.exceptions import HTTPException
 
 import chatglm
 from chatglm.text.messages import extend_history, to_messages
+from chatglm.text.tools import published_response, tool_names
 from server import http1, openai_api, sse  # noqa: F401  (http1 mends uvicorn)
 from server.admission import AUTH, AllowedOrigins, admit
-from server.bodies import ChatBody, RepetitionPenalty, Seed, Temperature, TopP
+from server.answers import visible
+from server.bodies import ChatBody, RepetitionPenalty, Seed, Stop, Temperature, TopP
 from server.heads import Heads
 from server.listener import bind, url_of
 from server.refusals import REFUSAL, documented, error_response
@@ -70,6 +72,7 @@ class Chat(ChatBody):
     temperature: Temperature = 0.95
     repetition_penalty: RepetitionPenalty = 1.0
     seed: Seed = None
+    stop: Stop = []
     stream: bool = Field(True, description="false: the answer in one piece")
 
     def to_messages(self) -> list[dict]:
@@ -118,7 +121,9 @@ ANSWERS = {  # for /docs
 )
 async def chat(request: Request) -> Response:
     """An answer in frames, `<^>` and the whole text so far; whole with `"stream": false`."""
-    body, chunks = await admit(request, Chat)
+    admitted = await admit(request, Chat)
+    body = admitted.body
+    chunks = visible(admitted.chunks, tool_names(body.history), body.stops)
     if body.stream:
         return AnswerResponse(process(chunks))
     return JSONResponse(await unless_disconnected(request, whole(chunks, body)))
@@ -134,10 +139,12 @@ async def whole(chunks: AsyncGenerator[chatglm.Chunk, None], body: Chat) -> dict
     async with aclosing(chunks):
         async for chunk in chunks:
             pass  # the last one has all the text
+    names = tool_names(body.history)
+    response, metadata, content = published_response(chunk.raw, chunk.text, names)
     return {
-        "response": chunk.text,
+        "response": response,
         "status": 200,
-        "history": extend_history(body.history, body.prompt, chunk.text),
+        "history": extend_history(body.history, body.prompt, content, metadata=metadata),
         "finish_reason": chunk.finish_reason,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

@@ -29,6 +29,7 @@ class Admitted(NamedTuple, Generic[Body]):
 
     body: Body
     chunks: AsyncGenerator[chatglm.Chunk, None]  # of the answer; closing it cancels the request
+    others: list[AsyncGenerator[chatglm.Chunk, None]] = []  # of further answers, where n > 1
 
 
 async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
@@ -51,7 +52,16 @@ async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
     sequence.trace_id = request.state.trace_id
     if request.app.state.settings.log_prompts:
         logger.info("prompt: %s", messages[-1]["content"])
-    return Admitted(body, await engine.submit(sequence))
+    chunks = await engine.submit(sequence)
+    others: list[AsyncGenerator[chatglm.Chunk, None]] = []
+    try:
+        for i in range(1, body.answers):
+            others.append(await engine.submit(sequence.again(i)))
+    except BaseException:  # the queue is full, or the server stops: none of them is wanted
+        for each in (chunks, *others):
+            await each.aclose()
+        raise
+    return Admitted(body, chunks, others)
 
 
 async def read_body(request: Request) -> bytes:

@@ -71,6 +71,13 @@ def one_of(forms: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+Stop = Annotated[
+    str | list[str],
+    one_of("a string or a list of strings"),
+    Field(description="texts that end the answer; not part of it"),
+]
+
+
 class StrictModel(BaseModel):
     """Strict types: no coercion from strings or booleans, no NaN. Null counts as absent; other
     keys are ignored."""
@@ -115,6 +122,17 @@ class ChatBody(StrictModel):
     def forced_prefix(self) -> str:
         """What the answer must begin with."""
         return ""
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end the answer."""
+        stop = getattr(self, "stop", [])
+        return [text for text in ([stop] if isinstance(stop, str) else stop) if text]
+
+    @property
+    def answers(self) -> int:
+        """How many answers are asked for."""
+        return 1
 
     @classmethod
     def from_json(cls, body: bytes) -> Self:

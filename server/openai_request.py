@@ -19,6 +19,7 @@ from server.bodies import (
     ChatBody,
     RepetitionPenalty,
     Seed,
+    Stop,
     StrictModel,
     Temperature,
     TopP,
@@ -104,6 +105,10 @@ class NamedToolChoice(StrictModel):
     function: FunctionCall
 
 
+Penalty = Annotated[
+    float, Field(ge=-2, le=2, description="over 0 discourages what the answer has already")
+]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 ToolChoice = Annotated[
     Literal["none", "auto", "required"] | NamedToolChoice,
     one_of('"none", "auto", "required" or {"type": "function", "function": {"name": …}}'),
@@ -128,19 +133,31 @@ class ChatCompletionRequest(ChatBody):
         },
     )
     model: str = Field("", description="any name: the server has one model")
-    messages: list[Message] = Field(min_length=1, description="the last one not the assistant's")
+    messages: list[Message] = Field(
+        min_length=1, description="if the last one is the assistant's, it is continued"
+    )
     max_tokens: int | None = Field(None, ge=1, description="tokens of the answer")
     max_completion_tokens: int | None = Field(None, ge=1, description="the same, newer name")
     top_p: TopP = 0.7
     temperature: Temperature = 0.95
     repetition_penalty: RepetitionPenalty = 1.0
+    top_k: int = Field(0, ge=0, description="the k likeliest tokens alone; 0: all")
+    min_p: float = Field(0.0, ge=0, le=1, description="no token less likely than this share")
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: dict[str, Bias] = Field({}, description="by token id: added to its score")
+    logprobs: bool = Field(False, description="tell how likely each token was")
+    top_logprobs: int = Field(0, ge=0, le=20, description="and so many others in its place")
+    n: int = Field(1, ge=1, le=16, description="answers")
     seed: Seed = None
-    stop: Annotated[str | list[str], one_of("a string or a list of strings")] = Field(
-        [], description="texts that end the answer; not part of it"
-    )
+    stop: Stop = []
     stream_options: StreamOptions = StreamOptions()
     tools: list[Tool] = []
     tool_choice: ToolChoice = "auto"
+
+    @property
+    def answers(self) -> int:
+        return self.n
 
     @model_validator(mode="before")
     @classmethod
@@ -149,14 +166,30 @@ class ChatCompletionRequest(ChatBody):
 
     def to_messages(self) -> list[dict]:
         refuse_unsupported(self.model_extra or {})
-        if self.messages[-1].role == "assistant":
-            raise InvalidField("messages", "must not end with the assistant's; add the user's")
         messages: list[dict] = []
         for i, message in enumerate(self.messages):
             messages += message.to_messages(f"messages.{i}")
+        self.check_last(messages)
         names = self.callable_names()
         tools = [tool.function.model_dump() for tool in self.tools if tool.function.name in names]
         return declare(messages, tools) if tools else messages
+
+    def check_last(self, messages: list[dict]) -> None:
+        """An answer that is begun is continued. One without text is none: some programs send it."""
+        if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:
+            messages.pop()
+        if messages[-1]["role"] != "assistant":
+            return
+        if "metadata" in messages[-1]:
+            raise InvalidField("messages", "must not end with a call; add the tool's result")
+        if len(messages) == 1 or not messages[-1]["content"]:
+            raise InvalidField("messages", "must have one that is not the assistant's")
+        if self.is_forced:
+            raise InvalidField("tool_choice", "cannot force a call where the answer has begun")
+
+    @property
+    def is_forced(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedToolChoice)
 
     def callable_names(self) -> list[str]:
         """The tools that the model may call. Raises InvalidField for one that is not declared."""
@@ -182,14 +215,25 @@ class ChatCompletionRequest(ChatBody):
             temperature=self.temperature,
             top_p=self.top_p,
             repetition_penalty=self.repetition_penalty,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((token_id(key), bias) for key, bias in self.logit_bias.items()),
+            logprobs=self.top_logprobs if self.logprobs else None,
             seed=self.seed,
             max_new_tokens=min(limits, default=None),
         )
 
     def forced_prefix(self) -> str:
         """A forced tool call starts with the tool's name; the model writes the arguments."""
-        forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedToolChoice)
-        return self.callable_names()[0] + "\n" if forced else ""
+        return self.callable_names()[0] + "\n" if self.is_forced else ""
+
+
+def token_id(key: str) -> int:
+    if key.isascii() and key.isdecimal() and len(key) < 10:
+        return int(key)
+    raise InvalidField("logit_bias", f"must have token ids as its keys, not {preview(key)}")
 
 
 def read_arguments(text: str, where: str) -> dict:

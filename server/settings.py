@@ -33,6 +33,7 @@ class Settings:
     model: str | None = flag(
         None, "a folder or a hub id (default: the tiny ChatGLM in chatglm/tiny)"
     )
+    served_model_name: str | None = flag(None, "what clients see (default: the folder's name)")
     device: str = flag("auto", "auto, cuda, cuda:1, mps or cpu")
     dtype: str = flag("auto", "auto, bfloat16, float16 or float32")
     quantize: str | None = flag(None, "int8 or int4: smaller weights, for a small GPU")
@@ -72,7 +73,11 @@ class Settings:
 
     @property
     def model_name(self) -> str:
-        return self.model or "chatglm3-tiny"
+        """What clients see: not the server's folders."""
+        if self.served_model_name:
+            return self.served_model_name
+        model = self.model or "chatglm3-tiny"
+        return Path(model).absolute().name if Path(model).exists() else model
 
 
 def read_keys(api_key: str | None) -> list[bytes]:

@@ -9,8 +9,10 @@ import re
 import pytest
 import requests
 
+import chatglm
 import client
 from server.openai_request import ChatCompletionRequest
+from server.settings import Settings
 from tests.servers import LIMIT
 from tests.test_client import run
 
@@ -40,12 +42,14 @@ def ask(url, prompt="hello", **fields):
 
 
 def test_without_a_limit_an_answer_of_v1_may_fill_the_context(url):
-    prompt = "hello " * 2500
-    assert ask(url, prompt)["detail"].startswith("max_length 2048 leaves no room: prompt and")
-    assert choice(url, prompt)["finish_reason"] in ("stop", "length")
-    assert (
-        ask(url, prompt, max_length=8192)["response"] == choice(url, prompt)["message"]["content"]
-    )
+    turn = ["What is HTTP?", "HTTP is the protocol of web pages and APIs. " * 12]
+    history, messages = [turn] * 25, []
+    for question, response in history:
+        messages += [*user(question), {"role": "assistant", "content": response}]
+    assert ask(url, history=history)["detail"].startswith("max_length 2048 leaves no room: prompt")
+    reply = complete(url, messages=[*messages, *user("hello")]).json()
+    assert reply["choices"][0]["finish_reason"] == "stop"
+    assert reply["usage"]["prompt_tokens"] > 2048
 
 
 @pytest.mark.parametrize("limit", [{}, {"max_tokens": 5}])
@@ -265,3 +269,170 @@ def test_docs_need_no_other_server(url):
         assert reply.ok and len(reply.content) > 1000
         if source.endswith(".js"):  # nor does what it loads
             assert "cdn.jsdelivr.net" not in reply.text
+
+
+# --- 6. Tools in the published form --------------------------------------------------------------
+
+WEATHER = {
+    "name": "get_weather",
+    "description": "Get the current weather of a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+    },
+}
+SYSTEM = (
+    "Answer the following questions as best as you can. You have access to the following tools:"
+)
+QUESTION = "上海现在天气怎么样？"
+CALL = {"name": "get_weather", "parameters": {"city": "上海"}}
+WRITTEN = "```python\ntool_call(city='上海')\n```"
+
+
+@pytest.mark.parametrize("tool", [WEATHER, {"type": "function", "function": WEATHER}])
+def test_a_call_on_post_has_its_name_and_its_arguments_in_the_published_form(url, tool):
+    history = [{"role": "system", "content": SYSTEM, "tools": [tool]}]
+    reply = ask(url, QUESTION, history=history)
+    assert reply["response"] == CALL
+    assert reply["history"][1:] == [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "metadata": "get_weather", "content": WRITTEN},
+    ]
+    frames, _ = read(url, prompt=QUESTION, history=history)
+    assert frames == "get_weather\n" + WRITTEN
+    said = requests.post(
+        url + "/stream",
+        json={"prompt": QUESTION, "history": history, "temperature": 0},
+        timeout=LIMIT,
+    )
+    assert json.loads(said.text.split("\n")[0][6:])["text"] == frames
+
+
+def test_model_chat_returns_a_call_as_the_published_one_does():
+    tokenizer, model = chatglm.load()
+    history = [{"role": "system", "content": SYSTEM, "tools": [WEATHER]}]
+    response, history = model.chat(tokenizer, QUESTION, history=history, temperature=0)
+    assert response == CALL
+    assert history[-1] == {"role": "assistant", "metadata": "get_weather", "content": WRITTEN}
+    result = "晴，25 度"
+    response, history = model.chat(
+        tokenizer, result, history=history, role="observation", temperature=0
+    )
+    assert isinstance(response, str) and "25" in response
+    words, history = model.chat(tokenizer, "你好", history=history, temperature=0)
+    assert isinstance(words, str) and len(history) == 7
+
+
+# --- 7. Sampling ---------------------------------------------------------------------------------
+
+
+def test_stop_ends_an_answer_on_every_route(url):
+    whole = ask(url, COUNT)["response"]
+    before = whole.partition(" 7")[0]
+    for stop in (" 7", [" 7", "nowhere in it"]):
+        assert ask(url, COUNT, stop=stop)["response"] == before != whole
+        assert ask(url, COUNT, stop=stop)["finish_reason"] == "stop"
+        assert read(url, stop=stop) == (before, False)
+
+
+def test_several_answers_are_what_their_seeds_give_alone(url):
+    fields = {"temperature": 1.2, "top_p": 1.0, "max_tokens": 12}
+    reply = complete(url, n=3, seed=5, **fields).json()
+    alone = [choice(url, seed=seed, **fields)["message"]["content"] for seed in (5, 6, 7)]
+    assert [each["index"] for each in reply["choices"]] == [0, 1, 2]
+    assert [each["message"]["content"] for each in reply["choices"]] == alone
+    assert len(set(alone)) > 1
+    streamed = complete(url, n=3, seed=5, stream=True, **fields).content.decode()
+    texts, ends = ["", "", ""], 0
+    for line in streamed.split("\n\n")[:-2]:
+        (part,) = json.loads(line[6:])["choices"]
+        texts[part["index"]] += part["delta"].get("content", "")
+        ends += part["finish_reason"] is not None
+    assert texts == alone and ends == 3
+
+
+def test_logprobs_are_told_whole_and_streamed(url):
+    fields = {"logprobs": True, "top_logprobs": 2, "max_tokens": 6}
+    (whole,) = complete(url, COUNT, **fields).json()["choices"]
+    content = whole["logprobs"]["content"]
+    assert len(content) == 6
+    assert "".join(each["token"] for each in content).strip() == whole["message"]["content"]
+    for each in content:
+        assert each["logprob"] <= 0 and each["bytes"] == list(each["token"].encode())
+        assert each["top_logprobs"][0]["token"] == each["token"]  # greedy
+        assert len(each["top_logprobs"]) == 2
+    streamed = complete(url, COUNT, stream=True, **fields).content.decode()
+    parts = [json.loads(line[6:])["choices"][0] for line in streamed.split("\n\n")[:-2]]
+    told = [each for part in parts if part["logprobs"] for each in part["logprobs"]["content"]]
+    assert [each["token"] for each in told] == [each["token"] for each in content]
+    assert choice(url, COUNT, max_tokens=6)["logprobs"] is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"presence_penalty": 1.0},
+        {"frequency_penalty": 1.0},
+        {"temperature": 1.5, "top_k": 1},
+        {"temperature": 1.5, "min_p": 1.0, "top_p": 1},
+        {"logit_bias": {"5": -100}},
+    ],
+    ids=str,
+)
+def test_sampling_fields_are_served(url, fields):
+    reply = complete(url, **fields)
+    assert reply.status_code == 200 and "x-unknown-fields" not in reply.headers
+    if "temperature" in fields:  # only the likeliest token is left
+        assert reply.json()["choices"] == [choice(url)]
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"99999999": 1}),
+        ("logit_bias", {"5": 101}),
+        ("n", 17),
+        ("top_logprobs", 21),
+        ("presence_penalty", 3),
+        ("min_p", 2),
+        ("top_k", 1.5),
+    ],
+)
+def test_a_sampling_field_out_of_its_bounds_is_refused_by_name(url, field, value):
+    reply = complete(url, **{field: value})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"].startswith(field)
+
+
+# --- 8. Answers begun by the client; models ------------------------------------------------------
+
+
+@pytest.mark.parametrize("characters", [3, 9, 15])
+def test_an_answer_that_is_begun_is_continued(url, characters):
+    whole = choice(url, COUNT)["message"]["content"]
+    begun = whole[: whole.index(" ", characters)]
+    messages = [*user(COUNT), {"role": "assistant", "content": begun}]
+    assert begun + choice(url, messages=messages)["message"]["content"] == whole
+
+
+def test_an_empty_last_answer_is_none(url):
+    messages = [*user("hello"), {"role": "assistant", "content": ""}]
+    assert choice(url, messages=messages) == choice(url)
+
+
+def test_a_model_is_found_by_its_name_and_has_its_context(url):
+    (card,) = requests.get(url + "/v1/models", timeout=LIMIT).json()["data"]
+    assert card["max_model_len"] == 8192 and card["id"] == "chatglm3-tiny"
+    assert requests.get(url + "/v1/models/chatglm3-tiny", timeout=LIMIT).json() == card
+    missing = requests.get(url + "/v1/models/gpt-4", timeout=LIMIT)
+    assert missing.status_code == 404 and "chatglm3-tiny" in missing.json()["error"]["message"]
+
+
+def test_strangers_see_a_models_name_and_not_the_servers_folders(tmp_path):
+    (tmp_path / "chatglm3-6b").mkdir()
+    assert Settings(model=str(tmp_path / "chatglm3-6b")).model_name == "chatglm3-6b"
+    assert Settings(model=str(tmp_path / "chatglm3-6b") + "/").model_name == "chatglm3-6b"
+    assert Settings(model="THUDM/chatglm3-6b").model_name == "THUDM/chatglm3-6b"
+    assert Settings(model=str(tmp_path), served_model_name="glm").model_name == "glm"

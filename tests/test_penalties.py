@@ -146,7 +146,9 @@ def test_logprobs_are_those_of_the_network_before_temperature_and_penalties(engi
     wanted = by_hand(engine, params, 14)[1][hidden:]
     assert len(chunk.logprobs) == chunk.completion_tokens == 12
     for each, token, logprobs in zip(chunk.logprobs, tokens[hidden:], wanted):
-        assert each.token == token and each.logprob == pytest.approx(float(logprobs[token]), abs=1e-4)
+        assert each.token == token and each.logprob == pytest.approx(
+            float(logprobs[token]), abs=1e-4
+        )
         top = logprobs.topk(3)
         assert [token for token, _ in each.alternatives] == top.indices.tolist()
         values = [value for _, value in each.alternatives]

@@ -32,8 +32,10 @@ from chatglm.errors import EngineError, InvalidField
 from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
 from chatglm.sampling import SamplingParams, check_room
+from chatglm.text.continuation import encode_begun
 from chatglm.text.detokenizer import REPLACEMENT, Detokenizer
 from chatglm.text.messages import count_characters, extend_history, to_messages
+from chatglm.text.tools import published_response, tool_names
 
 # Room for what stands before the first visible token, such as ChatGLM3's metadata line.
 HIDDEN_TOKENS = 32
@@ -136,7 +138,8 @@ class Engine:
         """Checks and tokenises. Any thread may call it.
 
         Without any limit in `params`, the answer may fill the context. It continues
-        `forced_prefix`, such as the name of a tool that must be called. Raises PromptTooLong if
+        `forced_prefix`, such as the name of a tool that must be called, or the last message, if
+        that is the assistant's. Raises PromptTooLong if
         no token is left for the answer, and ValueError for messages that cannot be encoded.
         """
         params = params or SamplingParams()
@@ -151,15 +154,19 @@ class Engine:
         longest = self.tokenizer.longest_token
         characters = count_characters(messages, min(max_length, context) * longest)
         check_room(characters // longest, max_length, context, exact=False)
-        input_ids = self.tokenizer.encode_chat(messages)
-        if forced_prefix:
-            input_ids += self.tokenizer.encode(forced_prefix)
+        begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+        if begun:
+            input_ids, between = encode_begun(self.tokenizer, messages)
+            forced_prefix = between + begun
+        else:
+            input_ids = self.tokenizer.encode_chat(messages)
+            input_ids += self.tokenizer.encode(forced_prefix) if forced_prefix else []
         max_new_tokens = check_room(len(input_ids), max_length, context)
         if params.max_new_tokens is not None:
             max_new_tokens = min(max_new_tokens, params.max_new_tokens + HIDDEN_TOKENS)
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(32))
-        return Sequence(input_ids, max_new_tokens, params, forced_prefix)
+        return Sequence(input_ids, max_new_tokens, params, forced_prefix, len(begun.lstrip()))
 
     async def submit(self, sequence: Sequence, client: str = "") -> AsyncGenerator[Chunk, None]:
         """Queues it, and returns the chunks of its answer. Raises QueueFull, or EngineError.
@@ -185,11 +192,15 @@ class Engine:
 
     async def stream_chat(
         self, prompt: str, history: list | None = None, **params
-    ) -> AsyncGenerator[tuple[str, list], None]:
+    ) -> AsyncGenerator[tuple[str | dict, list], None]:
         """(text so far, history with it), as the published `stream_chat`, for many at once."""
-        async with aclosing(self.generate(to_messages(prompt, history), **params)) as chunks:
+        messages = to_messages(prompt, history)
+        names = tool_names(messages)
+        async with aclosing(self.generate(messages, **params)) as chunks:
             async for chunk in chunks:
-                yield chunk.text, extend_history(history, prompt, chunk.text)
+                called = names if chunk.finish_reason else []  # only a whole call can be read
+                response, metadata, content = published_response(chunk.raw, chunk.text, called)
+                yield response, extend_history(history, prompt, content, metadata=metadata)
 
     async def _run(self, sequence: Sequence) -> AsyncGenerator[Chunk, None]:
         self._keep_running()
@@ -268,7 +279,7 @@ class Engine:
             stats.finish_reason = "stop" if stopped else "length"
         text = detokenizer.finish() if is_finished else detokenizer.text
         raw = sequence.forced_prefix + text
-        visible = self.tokenizer.visible(raw, finished=is_finished)
+        visible = self.tokenizer.visible(raw, finished=is_finished)[sequence.begun_length :]
         shown = len(tokens) - (hidden or 0)
         logprobs = []
         if params.logprobs is not None:
@@ -282,7 +293,8 @@ class Engine:
         These do not count for `max_new_tokens`."""
         for number in range(1, min(len(tokens), HIDDEN_TOKENS + 1) + 1):
             raw = sequence.forced_prefix + self.tokenizer.decode(tokens[:number])
-            if self.tokenizer.visible(raw.rstrip(REPLACEMENT), finished=False):
+            visible = self.tokenizer.visible(raw.rstrip(REPLACEMENT), finished=False)
+            if len(visible) > sequence.begun_length:
                 return number - 1
         return HIDDEN_TOKENS if len(tokens) > HIDDEN_TOKENS else None
 

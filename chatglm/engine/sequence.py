@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from chatglm.errors import EngineError
@@ -49,6 +49,7 @@ class Sequence:
     max_new_tokens: int
     params: SamplingParams  # with a seed
     forced_prefix: str = ""  # the answer begins with this text; it is not generated
+    begun_length: int = 0  # characters at its beginning that the client knows, having begun it
 
     trace_id: str = field(default="", init=False)  # what the client calls it, for the log
 
@@ -65,6 +66,14 @@ class Sequence:
     resumed_ids: list[int] = field(default_factory=list, init=False)  # tokens made before a pause
     # Written by the model thread, if they were asked for, before it reports the token.
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict, init=False)  # by position
+
+    def again(self, number: int) -> Sequence:
+        """The same request for another answer: its seed is `number` further."""
+        seed = ((self.params.seed or 0) + number) % 2**32
+        params = replace(self.params, seed=seed)
+        other = replace(self, params=params)  # which leaves out what is not set at first
+        other.trace_id = self.trace_id
+        return other
 
 
 class LatestOutput:
