@@ -32,13 +32,11 @@ from chatglm.errors import EngineError, InvalidField
 from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
 from chatglm.sampling import SamplingParams, check_room
-from chatglm.text.continuation import encode_begun
-from chatglm.text.detokenizer import REPLACEMENT, Detokenizer
+from chatglm.text.continuation import HIDDEN_TOKENS, encode_begun, hidden_tokens
+from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.messages import count_characters, extend_history, to_messages
 from chatglm.text.tools import published_response, tool_names
 
-# Room for what stands before the first visible token, such as ChatGLM3's metadata line.
-HIDDEN_TOKENS = 32
 logger = logging.getLogger("chatglm")
 
 
@@ -208,6 +206,8 @@ class Engine:
         try:
             yield Chunk("", "", 0, 0)  # queued; `submit` takes this one
             detokenizer = Detokenizer(self.tokenizer.decode, self.tokenizer.anchor)
+            if sequence.begun_length:  # else a space at the beginning would be dropped
+                detokenizer.push([self.tokenizer.anchor])
             while sequence.stats.finish_reason is None:
                 yield self._chunk(sequence, await sequence.latest.next(), detokenizer)
         except EngineError as error:
@@ -267,7 +267,7 @@ class Engine:
         stats, params = sequence.stats, sequence.params
         tokens, is_finished = output.token_ids, output.is_finished
         if stats.hidden_tokens is None:
-            stats.hidden_tokens = self._hidden_tokens(sequence, tokens)
+            stats.hidden_tokens = hidden_tokens(self.tokenizer, sequence, tokens)
         hidden = stats.hidden_tokens
         if hidden is not None and params.max_new_tokens is not None:
             limit = hidden + params.max_new_tokens
@@ -278,6 +278,8 @@ class Engine:
         if is_finished:
             stats.finish_reason = "stop" if stopped else "length"
         text = detokenizer.finish() if is_finished else detokenizer.text
+        if sequence.begun_length:
+            text = text[len(self.tokenizer.decode([self.tokenizer.anchor])) :]
         raw = sequence.forced_prefix + text
         visible = self.tokenizer.visible(raw, finished=is_finished)[sequence.begun_length :]
         shown = len(tokens) - (hidden or 0)
@@ -287,16 +289,6 @@ class Engine:
             told = range(first + (hidden or 0), first + len(tokens) - stopped)
             logprobs = [sequence.logprobs[position] for position in told]
         return Chunk(visible, raw, stats.prompt_tokens, shown, stats.finish_reason, logprobs)
-
-    def _hidden_tokens(self, sequence: Sequence, tokens: list[int]) -> int | None:
-        """How many tokens stand before the first with visible text, or None if there is none yet.
-        These do not count for `max_new_tokens`."""
-        for number in range(1, min(len(tokens), HIDDEN_TOKENS + 1) + 1):
-            raw = sequence.forced_prefix + self.tokenizer.decode(tokens[:number])
-            visible = self.tokenizer.visible(raw.rstrip(REPLACEMENT), finished=False)
-            if len(visible) > sequence.begun_length:
-                return number - 1
-        return HIDDEN_TOKENS if len(tokens) > HIDDEN_TOKENS else None
 
     def _keep_running(self) -> None:
         """Starts the model thread if it is not, or no longer, alive."""

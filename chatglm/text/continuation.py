@@ -1,11 +1,18 @@
-"""An answer that the client has begun: a last message of the assistant, for the model to go on."""
+"""Where the part of an answer begins that its reader has not seen: behind what the client has begun
+itself (a last message of the assistant), and behind what the chat format hides."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chatglm.text.detokenizer import REPLACEMENT
+
 if TYPE_CHECKING:
+    from chatglm.engine.sequence import Sequence
     from chatglm.text.tokenizer import Tokenizer
+
+# Room for what stands before the first visible token, such as ChatGLM3's metadata line.
+HIDDEN_TOKENS = 32
 
 
 def encode_begun(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], str]:
@@ -26,3 +33,16 @@ def encode_begun(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int],
                 between = written[:start]
                 return prompt + between + content, tokenizer.decode(between)
     return prompt + content, ""  # the format encodes both together, so that their tokens differ
+
+
+def hidden_tokens(tokenizer: Tokenizer, sequence: Sequence, tokens: list[int]) -> int | None:
+    """How many tokens stand before the first with visible text, or None if there is none yet. They
+    do not count for `max_new_tokens`: a gateway that tests a connection with one gets a word."""
+    anchor = [tokenizer.anchor] if sequence.begun_length else []
+    skipped = len(tokenizer.decode(anchor)) if anchor else 0
+    for number in range(1, min(len(tokens), HIDDEN_TOKENS + 1) + 1):
+        text = tokenizer.decode(anchor + tokens[:number])[skipped:]
+        raw = sequence.forced_prefix + text.rstrip(REPLACEMENT)
+        if len(tokenizer.visible(raw, finished=False)) > sequence.begun_length:
+            return number - 1
+    return HIDDEN_TOKENS if len(tokens) > HIDDEN_TOKENS else None
