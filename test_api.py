@@ -202,7 +202,7 @@ def test_the_history_comes_back_in_its_form_with_this_turn_added(url, history):
         ]
     assert reply["history"] == history + turn
     assert reply["status"] == 200 and time.strptime(reply["time"], "%Y-%m-%d %H:%M:%S")
-    assert set(reply) == {"response", "history", "status", "time"}
+    assert set(reply) == {"response", "history", "status", "time", "finish_reason"}
 
 
 def test_pairs_and_roles_are_two_ways_to_say_the_same(url):

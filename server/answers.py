@@ -28,8 +28,9 @@ async def visible(
             ended = chunk.finish_reason is not None
             if not ended and names and may_be_call(chunk.raw, names):
                 continue
-            if ended and read_call(chunk.raw, names):
-                yield replace(chunk, text=chunk.raw.strip())
+            if ended and (call := read_call(chunk.raw, names)):
+                written = chunk.raw.partition("\n")[2].strip()
+                yield replace(chunk, text=f"{call.name}\n{written}")
                 return
             text, stopped = search.before_stop(chunk.text, ended)
             yield replace(
