@@ -7,8 +7,8 @@
 Reading order (api.py, client.py and server/ are beside this folder). First sitting: api.py,
 client.py, generate.py, sampling.py, text/messages.py, text/tokenizer.py, text/detokenizer.py,
 engine/engine.py, engine/sequence.py, engine/admission.py. Second: engine/batch.py,
-engine/rows.py, text/continuation.py, errors.py, server/, text/tools.py. Third: checkpoint/, hardware/, engine/cpu_attention.py, engine/cpu_glm.py,
-tiny/.
+engine/rows.py, text/continuation.py, errors.py, server/, text/tools.py. Third: checkpoint/,
+hardware/, engine/cpu_attention.py, engine/cpu_glm.py, tiny/.
 """
 
 from chatglm.checkpoint.load import load
