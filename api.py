@@ -47,7 +47,7 @@ from chatglm.text.messages import extend_history, to_messages
 from chatglm.text.tools import published_response, tool_names
 from server import http1, openai_api, sse  # noqa: F401  (http1 mends uvicorn)
 from server.admission import AUTH, AllowedOrigins, admit
-from server.answers import visible
+from server.answers import ANSWERS, visible
 from server.bodies import ChatBody, RepetitionPenalty, Seed, Stop, Temperature, TopP
 from server.heads import Heads
 from server.listener import bind, url_of
@@ -107,12 +107,6 @@ async def process(chunks: AsyncGenerator[chatglm.Chunk, None]) -> AsyncGenerator
                 yield "<^>" + escape(chunk.text)
 
 
-ANSWERS = {  # for /docs
-    "text/plain": "<^>H<^>Hi!",
-    "application/json": {"response": "Hi!", "history": [["Hi", "Hi!"]], "finish_reason": "stop"},
-}
-
-
 @router.post(
     "/",
     dependencies=AUTH,
@@ -121,9 +115,8 @@ ANSWERS = {  # for /docs
 )
 async def chat(request: Request) -> Response:
     """An answer in frames, `<^>` and the whole text so far; whole with `"stream": false`."""
-    admitted = await admit(request, Chat)
-    body = admitted.body
-    chunks = visible(admitted.chunks, tool_names(body.history), body.stops)
+    body, chunks, _ = await admit(request, Chat)
+    chunks = visible(chunks, tool_names(body.history), body.stops)
     if body.stream:
         return AnswerResponse(process(chunks))
     return JSONResponse(await unless_disconnected(request, whole(chunks, body)))

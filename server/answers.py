@@ -16,6 +16,11 @@ from chatglm.sampling import TokenLogprob
 from chatglm.text.tools import ToolCall, may_be_call, read_call
 from server.stops import StopSearch
 
+ANSWERS = {  # of POST /, for /docs
+    "text/plain": "<^>H<^>Hi!",
+    "application/json": {"response": "Hi!", "history": [["Hi", "Hi!"]], "finish_reason": "stop"},
+}
+
 
 async def visible(
     chunks: AsyncGenerator[Chunk, None], names: list[str], stops: list[str]
