@@ -47,7 +47,7 @@ from chatglm.text.messages import extend_history, to_messages
 from chatglm.text.tools import published_response, tool_names
 from server import http1, openai_api, sse  # noqa: F401  (http1 mends uvicorn)
 from server.admission import AUTH, AllowedOrigins, admit
-from server.answers import ANSWERS, visible
+from server.answers import ANSWERS, shown
 from server.bodies import ChatBody, RepetitionPenalty, Seed, Stop, Temperature, TopP
 from server.heads import Heads
 from server.listener import bind, url_of
@@ -115,8 +115,7 @@ async def process(chunks: AsyncGenerator[chatglm.Chunk, None]) -> AsyncGenerator
 )
 async def chat(request: Request) -> Response:
     """An answer in frames, `<^>` and the whole text so far; whole with `"stream": false`."""
-    body, chunks, _ = await admit(request, Chat)
-    chunks = visible(chunks, tool_names(body.history), body.stops)
+    body, chunks = shown(await admit(request, Chat))
     if body.stream:
         return AnswerResponse(process(chunks))
     return JSONResponse(await unless_disconnected(request, whole(chunks, body)))

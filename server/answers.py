@@ -13,13 +13,20 @@ from typing import Any, NamedTuple
 
 from chatglm import Chunk
 from chatglm.sampling import TokenLogprob
-from chatglm.text.tools import ToolCall, may_be_call, read_call
+from chatglm.text.tools import ToolCall, may_be_call, read_call, tool_names
+from server.admission import Admitted, Body
 from server.stops import StopSearch
 
 ANSWERS = {  # of POST /, for /docs
     "text/plain": "<^>H<^>Hi!",
     "application/json": {"response": "Hi!", "history": [["Hi", "Hi!"]], "finish_reason": "stop"},
 }
+
+
+def shown(admitted: Admitted[Body]) -> tuple[Body, AsyncGenerator[Chunk, None]]:
+    """The body of a request to `POST /` or `/stream`, and its answer as these show it."""
+    body = admitted.body
+    return body, visible(admitted.chunks, tool_names(body.to_messages()), body.stops)
 
 
 async def visible(

@@ -19,9 +19,8 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from chatglm import Chunk, EngineError
-from chatglm.text.tools import tool_names
 from server.admission import AUTH, admit
-from server.answers import visible
+from server.answers import shown
 from server.bodies import ChatBody
 from server.refusals import REFUSAL, documented
 from server.responses import AnswerResponse
@@ -93,9 +92,7 @@ def make_router(body_type: type[ChatBody]) -> APIRouter:
     @router.post("/stream", openapi_extra=body_type.openapi_body())
     async def stream(request: Request) -> Response:
         """What is new of an answer, event by event; [DONE] at its end."""
-        admitted = await admit(request, body_type)
-        body = admitted.body
-        chunks = visible(admitted.chunks, tool_names(body.to_messages()), body.stops)
+        body, chunks = shown(await admit(request, body_type))
         return EventStream(answer_events(chunks, in_pieces=body.stream))
 
     @router.get("/stream", openapi_extra=body_type.openapi_query())
