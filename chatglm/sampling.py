@@ -37,7 +37,8 @@ class SamplingParams:
     seed: int | None = None  # 32 bits; the same seed gives the same answer
     # Without any limit, the answer may fill the context.
     max_length: int | None = None  # of prompt and answer together
-    max_new_tokens: int | None = None  # from the first visible one on; the smaller bound holds
+    max_new_tokens: int | None = None  # of the answer alone; the smallest bound holds
+    max_visible_tokens: int | None = None  # the same, from the first one on that a user sees
 
     @property
     def has_bias(self) -> bool:

@@ -120,7 +120,9 @@ class ChatCompletionReply:
 
     def usage(self) -> dict:
         prompt_tokens = self.last[0].prompt_tokens
-        completion_tokens = sum(chunk.completion_tokens for chunk in self.last.values())
+        completion_tokens = sum(
+            chunk.completion_tokens - chunk.hidden_tokens for chunk in self.last.values()
+        )
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,

@@ -222,7 +222,7 @@ class ChatCompletionRequest(ChatBody):
             logit_bias=tuple((token_id(key), bias) for key, bias in self.logit_bias.items()),
             logprobs=self.top_logprobs if self.logprobs else None,
             seed=self.seed,
-            max_new_tokens=min(limits, default=None),
+            max_visible_tokens=min(limits, default=None),
         )
 
     def forced_prefix(self) -> str:

@@ -104,7 +104,7 @@ def by_hand(engine, params, steps):
 
 async def answer_of(engine, params, steps):
     sequence = engine.prepare(
-        HELLO, SamplingParams(**{"seed": 1, "max_new_tokens": steps, **params})
+        HELLO, SamplingParams(**{"seed": 1, "max_visible_tokens": steps, **params})
     )
     async with aclosing(await engine.submit(sequence)) as chunks:
         async for chunk in chunks:
@@ -124,7 +124,7 @@ def test_each_row_of_a_batch_has_its_own_settings(engine):
 def test_a_penalty_goes_on_over_a_pause(engine):
     async def paused():
         params = {"temperature": 0, "frequency_penalty": 0.9, "logprobs": 1}
-        sequence = engine.prepare(HELLO, SamplingParams(max_new_tokens=20, **params))
+        sequence = engine.prepare(HELLO, SamplingParams(max_visible_tokens=20, **params))
         chunks = await engine.submit(sequence, "greedy")
         async with aclosing(chunks):
             await anext(chunks)
@@ -144,7 +144,7 @@ def test_logprobs_are_those_of_the_network_before_temperature_and_penalties(engi
     tokens, chunk = asyncio.run(answer_of(engine, {**params, "logprobs": 3}, 12))
     hidden = tokens.index(chunk.logprobs[0].token)  # those of the metadata line
     wanted = by_hand(engine, params, 14)[1][hidden:]
-    assert len(chunk.logprobs) == chunk.completion_tokens == 12
+    assert len(chunk.logprobs) == chunk.completion_tokens - chunk.hidden_tokens == 12
     for each, token, logprobs in zip(chunk.logprobs, tokens[hidden:], wanted):
         assert each.token == token and each.logprob == pytest.approx(
             float(logprobs[token]), abs=1e-4

@@ -161,7 +161,9 @@ class Engine:
             input_ids += self.tokenizer.encode(forced_prefix) if forced_prefix else []
         max_new_tokens = check_room(len(input_ids), max_length, context)
         if params.max_new_tokens is not None:
-            max_new_tokens = min(max_new_tokens, params.max_new_tokens + HIDDEN_TOKENS)
+            max_new_tokens = min(max_new_tokens, params.max_new_tokens)
+        if params.max_visible_tokens is not None:
+            max_new_tokens = min(max_new_tokens, params.max_visible_tokens + HIDDEN_TOKENS)
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(32))
         return Sequence(input_ids, max_new_tokens, params, forced_prefix, len(begun.lstrip()))
@@ -269,8 +271,8 @@ class Engine:
         if stats.hidden_tokens is None:
             stats.hidden_tokens = hidden_tokens(self.tokenizer, sequence, tokens)
         hidden = stats.hidden_tokens
-        if hidden is not None and params.max_new_tokens is not None:
-            limit = hidden + params.max_new_tokens
+        if hidden is not None and params.max_visible_tokens is not None:
+            limit = hidden + params.max_visible_tokens
             tokens, is_finished = tokens[:limit], is_finished or len(tokens) >= limit
         stopped = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
         detokenizer.push(tokens[stats.completion_tokens : len(tokens) - stopped])
@@ -282,13 +284,16 @@ class Engine:
             text = text[len(self.tokenizer.decode([self.tokenizer.anchor])) :]
         raw = sequence.forced_prefix + text
         visible = self.tokenizer.visible(raw, finished=is_finished)[sequence.begun_length :]
-        shown = len(tokens) - (hidden or 0)
-        logprobs = []
-        if params.logprobs is not None:
-            first = len(sequence.input_ids)
-            told = range(first + (hidden or 0), first + len(tokens) - stopped)
-            logprobs = [sequence.logprobs[position] for position in told]
-        return Chunk(visible, raw, stats.prompt_tokens, shown, stats.finish_reason, logprobs)
+        logprobs = sequence.logprobs_of(range(hidden or 0, len(tokens) - stopped))
+        return Chunk(
+            visible,
+            raw,
+            stats.prompt_tokens,
+            len(tokens),
+            stats.finish_reason,
+            hidden or 0,
+            logprobs,
+        )
 
     def _keep_running(self) -> None:
         """Starts the model thread if it is not, or no longer, alive."""

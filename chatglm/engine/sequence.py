@@ -27,6 +27,7 @@ class Chunk:
     prompt_tokens: int
     completion_tokens: int
     finish_reason: str | None = None  # "stop" or "length" in the last chunk
+    hidden_tokens: int = 0  # of these, before the first that a user sees
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of what a user sees, if asked for
 
 
@@ -66,6 +67,12 @@ class Sequence:
     resumed_ids: list[int] = field(default_factory=list, init=False)  # tokens made before a pause
     # Written by the model thread, if they were asked for, before it reports the token.
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict, init=False)  # by position
+
+    def logprobs_of(self, tokens: range) -> list[TokenLogprob]:
+        """Of these tokens of the answer, if they were asked for."""
+        if self.params.logprobs is None:
+            return []
+        return [self.logprobs[len(self.input_ids) + number] for number in tokens]
 
     def again(self, number: int) -> Sequence:
         """The same request for another answer: its seed is `number` further."""

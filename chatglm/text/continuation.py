@@ -37,7 +37,7 @@ def encode_begun(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int],
 
 def hidden_tokens(tokenizer: Tokenizer, sequence: Sequence, tokens: list[int]) -> int | None:
     """How many tokens stand before the first with visible text, or None if there is none yet. They
-    do not count for `max_new_tokens`: a gateway that tests a connection with one gets a word."""
+    do not count for `max_visible_tokens`: a gateway tests a connection with one."""
     anchor = [tokenizer.anchor] if sequence.begun_length else []
     skipped = len(tokenizer.decode(anchor)) if anchor else 0
     for number in range(1, min(len(tokens), HIDDEN_TOKENS + 1) + 1):
