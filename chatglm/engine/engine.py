@@ -285,15 +285,8 @@ class Engine:
         raw = sequence.forced_prefix + text
         visible = self.tokenizer.visible(raw, finished=is_finished)[sequence.begun_length :]
         logprobs = sequence.logprobs_of(range(hidden or 0, len(tokens) - stopped))
-        return Chunk(
-            visible,
-            raw,
-            stats.prompt_tokens,
-            len(tokens),
-            stats.finish_reason,
-            hidden or 0,
-            logprobs,
-        )
+        counts = stats.prompt_tokens, len(tokens)
+        return Chunk(visible, raw, *counts, stats.finish_reason, hidden or 0, logprobs)
 
     def _keep_running(self) -> None:
         """Starts the model thread if it is not, or no longer, alive."""
