@@ -51,11 +51,12 @@ def test_a_client_that_holds_every_place_gives_some_to_one_who_comes_later(loade
 
 def test_an_answer_that_was_paused_goes_on_as_if_it_had_not_been(loaded):
     async def alone(engine):
-        return [await answer(engine, prepare(engine, seed, 60)) for seed in range(6)]
+        return [await answer(engine, prepare(engine, seed, 400)) for seed in range(6)]
 
     async def interrupted(engine):
         greedy = [
-            asyncio.create_task(answer(engine, prepare(engine, seed, 60), "a")) for seed in range(6)
+            asyncio.create_task(answer(engine, prepare(engine, seed, 400), "a"))
+            for seed in range(6)
         ]
         paused = 0
         for number in range(20):

@@ -487,30 +487,6 @@ def test_an_unknown_model_type_is_named(copy_of):
     refused(copy_of(model_type="parrot"), "parrot")
 
 
-def test_the_first_chatglm_is_recognised(folder):
-    write_json(
-        folder / "config.json",
-        {
-            "_name_or_path": "THUDM/chatglm-6b",
-            "architectures": ["ChatGLMModel"],
-            "model_type": "chatglm",
-            "bos_token_id": 130004,
-            "eos_token_id": 130005,
-            "hidden_size": 4096,
-            "inner_hidden_size": 16384,
-            "layernorm_epsilon": 1e-05,
-            "max_sequence_length": 2048,
-            "num_attention_heads": 32,
-            "num_layers": 28,
-            "position_encoding_2d": True,
-            "torch_dtype": "float16",
-            "vocab_size": 130528,
-        },
-    )
-    (folder / "ice_text.model").write_bytes(b"x")
-    refused(folder, "ChatGLM-6B|first", "ChatGLM2", "ChatGLM3")
-
-
 @pytest.mark.parametrize("changes", [{"quantization_bit": 2}, {"quantization_config": {"bits": 4}}])
 def test_a_checkpoint_quantised_in_another_way_is_refused(copy_of, changes):
     refused(copy_of(**changes), "quantised", "--quantize int4")

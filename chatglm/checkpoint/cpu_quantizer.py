@@ -173,8 +173,9 @@ def replace_matrices(model: Any, kind: str) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and not (module is output and tied):
             chosen = output_kind(kind) if module is output else KINDS[kind]
-            small = chosen(module.in_features, module.out_features, module.bias is not None)
-            model.set_submodule(name, small.to("meta"))
+            with torch.device("meta"):  # nothing is allocated
+                small = chosen(module.in_features, module.out_features, module.bias is not None)
+            model.set_submodule(name, small)
     embedding = model.get_input_embeddings()
     if type(embedding) is not nn.Embedding:
         raise ValueError(f"--quantize on a CPU: a {type(embedding).__name__} is no plain embedding")
