@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import torch
 
@@ -44,8 +45,11 @@ def check_memory(
     choices: dict[str, tuple[str | None, torch.dtype]]
     choices = {"--dtype bfloat16": (None, torch.bfloat16)}
     choices |= {f"--quantize {kind}": (kind, dtype) for kind in KINDS if device.type != "mps"}
-    sizes = {name: needed(*choice) for name, choice in choices.items() if devices == 1}
-    fitting = [f"{name} ({size / GIB:.1f} GiB)" for name, size in sizes.items() if size <= free]
+    fitting = []
+    for name, choice in choices.items():
+        with suppress(ValueError):  # rows that this kind cannot hold
+            if devices == 1 and (size := needed(*choice)) <= free:
+                fitting.append(f"{name} ({size / GIB:.1f} GiB)")
     advice = f"it fits with {' or '.join(fitting)}" if fitting else "choose a smaller model"
     raise ValueError(
         f"the weights take {wanted / GIB:.1f} GiB in {quantize or str(dtype)[6:]}, but {device} "
