@@ -27,6 +27,7 @@ REASONS = {
     408: "the body came too slowly",
     413: "the body is too large",
     429: "too many wait: see Retry-After",
+    431: "the request's line and headers are too long",
     503: "the model cannot answer",
 }
 
