@@ -60,7 +60,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.address = network_of(self.client[0]) if self.client else ""
-        held = Counter(each.address for each in self.everyone if not each.is_limited)
+        held = Counter(each.address for each in self.everyone if each.counts)
         mine = held[self.address] > max(1, self.max_connections - FOR_OTHERS)
         if mine or held.total() > self.max_connections:
             self.make_room(held, only_mine=mine)
@@ -93,6 +93,10 @@ class LimitedProtocol(HttpToolsProtocol):
     def is_limited(self) -> bool:
         """Whether it may ask for /health only. Such connections do not count against the limit."""
         return self.app is not self.answering
+
+    @property
+    def counts(self) -> bool:
+        return not self.is_limited and not self.transport.is_closing()
 
     @property
     def is_idle(self) -> bool:
