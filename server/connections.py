@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter
 from typing import Any, cast
@@ -174,8 +175,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def refuse(self, status: int, problem: str) -> None:
         """Says so where no request has begun that the app could answer, and closes."""
         if not self.is_answering:
-            body = problem.encode()
-            head = b"content-type: text/plain; charset=utf-8\r\nconnection: close\r\n"
+            body = json.dumps({"detail": problem}).encode()
+            head = b"content-type: application/json\r\nconnection: close\r\n"
             self.transport.write(
                 STATUS_LINE[status] + head + b"content-length: %d\r\n\r\n" % len(body) + body
             )
