@@ -20,9 +20,8 @@ Limits (all flags are in server/settings.py):
     --max-body 1048576         bytes of a request; a longer one is refused with 413
     --timeout 600              seconds one answer may take
 
-A request's life: (1) its JSON is checked, or refused with a reason; (2) it is queued for a place
-in the batch; (3) each model step adds a token, and the text so far is sent; (4) the answer ends, or
-its client disconnects, and its place is free.
+A request's life: (1) its JSON is checked, or refused; (2) it waits for a place in the batch;
+(3) each model step adds a token, and the text so far is sent; (4) it ends, or its client leaves.
 """
 
 import asyncio
@@ -36,16 +35,20 @@ from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi_offline import FastAPIOffline
 from pydantic import ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 import chatglm
 from chatglm.text.messages import extend_history, to_messages
+from chatglm.text.tools import published_response, tool_names
 from server import openai_api, sse
 from server.admission import AUTH, admit
-from server.bodies import ChatBody, History, RepetitionPenalty, Seed, Temperature, TopP
+from server.answers import shown
+from server.bodies import ChatBody, History, RepetitionPenalty, Seed, Stop, Temperature, TopP
 from server.browsers import Browsers
 from server.connections import uvicorn_config
+from server.heads import Heads
 from server.listener import bind, url_of
 from server.logs import setup_log
 from server.preparation import FairPool
@@ -70,6 +73,7 @@ class Chat(ChatBody):
     temperature: Temperature = 0.95
     repetition_penalty: RepetitionPenalty = 1.0
     seed: Seed = None
+    stop: Stop = []
     stream: bool = Field(True, description="false: the answer in one piece")
 
     def to_messages(self) -> list[dict]:
@@ -96,10 +100,11 @@ async def process(chunks: AsyncGenerator[chatglm.Chunk, None]) -> AsyncGenerator
             if chunk.text != sent and (chunk.text or chunk.finish_reason):
                 sent = chunk.text
                 yield "<^>" + escape(sent)
-                # Gives way to the event loop. Waiting for the next token does that too, but where
-                # the next frame is already there nothing would: the loop could not tell us that
-                # the client has disconnected, and the answer would go on to its end for nobody.
+                # Gives way to the event loop. Where the next token is there already, nothing else
+                # does, and a client that has disconnected would go unnoticed to the end.
                 await asyncio.sleep(0)
+            if chunk.finish_reason == "length":  # sent twice, the last frame says: it was cut
+                yield "<^>" + escape(chunk.text)
 
 
 @router.post(
@@ -110,7 +115,7 @@ async def process(chunks: AsyncGenerator[chatglm.Chunk, None]) -> AsyncGenerator
 )
 async def chat(request: Request) -> Response:
     """An answer in frames, `<^>` and the whole text so far; whole with `"stream": false`."""
-    body, chunks = await admit(request, Chat)
+    body, chunks = shown(await admit(request, Chat))
     if body.stream:
         return AnswerResponse(process(chunks))
     return JSONResponse(await unless_disconnected(request, whole(chunks, body)))
@@ -126,10 +131,13 @@ async def whole(chunks: AsyncGenerator[chatglm.Chunk, None], body: Chat) -> dict
     async with aclosing(chunks):
         async for chunk in chunks:
             pass  # the last one has all the text
+    names = tool_names(body.history)
+    response, metadata, content = published_response(chunk.raw, chunk.text, names)
     return {
-        "response": chunk.text,
+        "response": response,
         "status": 200,
-        "history": extend_history(body.history, body.prompt, chunk.text),
+        "history": extend_history(body.history, body.prompt, content, metadata=metadata),
+        "finish_reason": chunk.finish_reason,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
@@ -203,11 +211,13 @@ def load(settings: Settings) -> None:
     )
 
 
-app = FastAPI(title="A ChatGLM chat server", lifespan=lifespan)
+# FastAPI's own /docs fetches its scripts from another server; this one serves them itself.
+app = FastAPIOffline(redoc_url=None, title="A ChatGLM chat server", lifespan=lifespan)
 app.include_router(router)
 app.include_router(sse.make_router(Chat))
 app.include_router(openai_api.router)
 app.add_middleware(Browsers)
+app.add_middleware(Heads)
 app.add_exception_handler(HTTPException, error_response)
 app.add_exception_handler(chatglm.EngineError, error_response)
 

@@ -10,56 +10,53 @@ import argparse
 import codecs
 import io
 import json
+import locale
+import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from importlib.util import find_spec
+from itertools import islice
 from typing import Any
 
 import requests
 
 MARKER = "<^>"  # begins each frame; what follows it is the whole text so far
 REDRAW_INTERVAL = 1 / 15  # seconds
-LONGEST_REFUSAL = 2**16  # bytes that are read of one
 
 
 class ChatError(Exception):
-    """No answer, or not all of it; the message says what to tell the user. The server may have
-    written some of it, so it is cleaned like an answer."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(strip_controls(message))
+    """No answer, or not all of it; the message says what to tell the user."""
 
 
 # --- Reading the stream ----------------------------------------------------------------------
 
 
-def frames(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The text so far, each time it has grown, however the network cut or joined the bytes.
+def frames(chunks: Iterable[bytes]) -> Generator[str, None, bool]:
+    """The text so far, each time it has grown, however the network cut or joined the bytes. Returns
+    whether the answer was cut by max_length: then its last frame comes twice.
 
     >>> list(frames([b"<^>He<^>Hel", b"lo<", b"^>Hello!"]))
     ['Hel', 'Hello', 'Hello!']
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character for later
-    frame, shown = "", ""
+    number, before, frame, shown = 0, "", "", ""
     for chunk in chunks:
-        frame += decoder.decode(chunk)
-        frame = frame[max(0, frame.rfind(MARKER)) :]
+        *others, frame = (frame + decoder.decode(chunk)).split(MARKER)
+        number += len(others)
+        before = others[-1] if others else before
         # The beginning of a marker at the end may become one with the next chunk: hold it back.
-        text = text_of(re.sub("<(\\^\u200b*)?$", "", frame))
+        text = strip_controls(unescape(re.sub("<(\\^\u200b*)?$", "", frame)))
         if not shown.startswith(text):  # ignore a frame that is still a prefix of what was shown
             shown = text
             yield text
-    text = text_of(frame + decoder.decode(b"", final=True))
+    text = strip_controls(unescape(frame + decoder.decode(b"", final=True)))
     if text != shown:
         yield text
-
-
-def text_of(frame: str) -> str:
-    return strip_controls(unescape(frame.removeprefix(MARKER)))
+    return number > 1 and before == frame
 
 
 def unescape(text: str) -> str:
@@ -95,7 +92,8 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Generator[st
         while True:
             with session.post(args.url, json=body, headers=headers, stream=True) as response:
                 if response.status_code == 200:
-                    yield from frames(response.iter_content(chunk_size=None))
+                    if (yield from frames(response.iter_content(chunk_size=None))):
+                        raise ChatError("（截断了）(cut off: a larger --max-length gives more)")
                     return
                 detail, code = read_refusal(response)
                 if not history or code != "context_length_exceeded":
@@ -115,11 +113,7 @@ def answer(args: argparse.Namespace, prompt: str, history: list) -> Generator[st
 def read_refusal(response: requests.Response) -> tuple[str, str | None]:
     """What a refusal says to people, and its code for programs. Another server, such as a proxy,
     may send anything."""
-    content = b""
-    for part in response.iter_content(4096):
-        content += part
-        if len(content) > LONGEST_REFUSAL:
-            break
+    content = b"".join(islice(response.iter_content(4096), 16))  # no more than 64 KiB
     try:
         refusal = json.loads(content)
     except (ValueError, RecursionError):
@@ -238,7 +232,7 @@ def ask(args: argparse.Namespace, prompt: str, history: list, display: Callable)
         print("（已停止）(stopped)", file=sys.stderr)
         return 130
     except ChatError as error:
-        print(str(error), file=sys.stderr)
+        print(strip_controls(str(error)), file=sys.stderr)  # some of it is the server's own words
         return 1
     finally:
         if text:
@@ -265,6 +259,20 @@ def converse(args: argparse.Namespace, display: Callable) -> int:
             ask(args, prompt, history, display)
 
 
+def read_input() -> str:
+    """All of a pipe or file, in the encoding it seems to have. `echo 你好 |` on a Chinese Windows
+    gives GBK; its PowerShell and Notepad write UTF-16 or UTF-8 with a mark in front."""
+    if "PYTHONIOENCODING" in os.environ:
+        return sys.stdin.read()
+    data = sys.stdin.buffer.read()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    for encoding in ("utf-8-sig", locale.getpreferredencoding(False)):
+        with suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    return data.decode("gb18030", "replace")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Chat with a ChatGLM server.")
     parser.add_argument("question", nargs="?", help="ask this alone, and end")
@@ -275,14 +283,15 @@ def main() -> int:
     parser.add_argument("--api-key", help="where the server wants one")
     parser.add_argument("--plain", action="store_true", help="no Markdown, no redrawing")
     args = parser.parse_args(namespace=argparse.Namespace(id=str(time.time_ns())))
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+    for stream in (sys.stdout, sys.stderr):
+        wanted = stream.isatty() or "PYTHONIOENCODING" in os.environ
+        if isinstance(stream, io.TextIOWrapper) and not wanted:
             stream.reconfigure(encoding="utf-8", errors="replace")
     drawing = sys.stdout.isatty() and not args.plain and find_spec("rich")
     display = markdown_display if drawing else plain_display
     if args.question is None and sys.stdin.isatty():
         return converse(args, display)
-    question = sys.stdin.read() if args.question is None else args.question
+    question = read_input() if args.question is None else args.question
     return ask(args, question, [], display)
 
 

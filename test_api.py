@@ -202,7 +202,7 @@ def test_the_history_comes_back_in_its_form_with_this_turn_added(url, history):
         ]
     assert reply["history"] == history + turn
     assert reply["status"] == 200 and time.strptime(reply["time"], "%Y-%m-%d %H:%M:%S")
-    assert set(reply) == {"response", "history", "status", "time"}
+    assert set(reply) == {"response", "history", "status", "time", "finish_reason"}
 
 
 def test_pairs_and_roles_are_two_ways_to_say_the_same(url):
@@ -497,6 +497,7 @@ def test_a_person_with_a_browser_finds_a_curl_line_and_every_field_of_the_reques
         "temperature",
         "repetition_penalty",
         "seed",
+        "stop",
         "stream",
     }
     assert schema["required"] == ["prompt"]

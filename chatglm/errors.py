@@ -15,13 +15,25 @@ class InvalidField(ValueError):
 
 
 class PromptTooLong(InvalidField):
-    """Prompt and history leave no token for the answer. Fewer turns of history would do."""
+    """The conversation leaves no token for the answer. Fewer turns of history would do.
 
-    def __init__(self, prompt_tokens: int, max_length: int, advice: str, exact: bool) -> None:
+    `max_length` is named only if the request set it below the `context`: it may have no such field.
+    """
+
+    def __init__(self, prompt_tokens: int, max_length: int, context: int, exact: bool) -> None:
         count = f"{prompt_tokens}" if exact else f"at least {prompt_tokens}"
-        taken = f"prompt and history take {count} tokens"
-        super().__init__("max_length", f"{max_length} leaves no room: {taken}; {advice}")
-        self.prompt_tokens, self.max_length = prompt_tokens, max_length
+        if max_length < context:
+            taken = f"prompt and history take {count} tokens"
+            advice = "shorten the history, or raise max_length"
+            super().__init__("max_length", f"{max_length} leaves no room: {taken}; {advice}")
+        else:
+            super().__init__(
+                "the conversation",
+                f"takes {count} tokens, and there is room for {context}, its answer included; "
+                "shorten it",
+            )
+            self.field = "history"
+        self.prompt_tokens, self.max_length = prompt_tokens, min(max_length, context)
 
 
 class EngineError(RuntimeError):
@@ -42,11 +54,12 @@ SHORT.maxlist = SHORT.maxdict = SHORT.maxstring = SHORT.maxlong = SHORT.maxother
 
 
 def preview(value: Any) -> str:
-    """A value as an error message shows it: ASCII, 80 characters at most."""
+    """A value as an error message shows it: 80 characters at most. Chinese stays readable; what
+    cannot be seen, or cannot be encoded, is written as an escape."""
     if isinstance(value, str):
-        text = ascii(value[:80])
+        text = repr(value[:80])
     elif isinstance(value, (list, tuple, dict)):
-        text = SHORT.repr(value).encode("ascii", "backslashreplace").decode()
+        text = SHORT.repr(value)
     else:
-        text = ascii(value)
+        text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

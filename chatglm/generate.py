@@ -13,6 +13,7 @@ import torch
 
 from chatglm.sampling import SamplingParams, check_room, choose, penalise
 from chatglm.text.messages import extend_history, to_messages
+from chatglm.text.tools import published_response, tool_names
 
 
 class ChatMixin:
@@ -20,7 +21,7 @@ class ChatMixin:
 
     def chat(
         self, tokenizer, query: str, history: list | None = None, **settings
-    ) -> tuple[str, list]:
+    ) -> tuple[str | dict, list]:
         """The whole answer, and the history with it. The settings are those of `stream_chat`."""
         for result in self.stream_chat(tokenizer, query, history, **settings):
             pass
@@ -39,8 +40,11 @@ class ChatMixin:
         temperature: float = 0.8,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-    ) -> Iterator[tuple[str, list]]:
+    ) -> Iterator[tuple[str | dict, list]]:
         """Yields (text so far, history with it), as the text grows.
+
+        Where the history's first message declares `tools`, the last response may be a call,
+        `{"name": …, "parameters": {…}}`, as the published ChatGLM3 has it.
 
         `max_length` counts prompt and answer, in tokens. Temperature 0, or do_sample=False, is
         greedy. The names and defaults are those of the published ChatGLM3. Raises InvalidField
@@ -67,8 +71,11 @@ class ChatMixin:
                 text = visible
                 yield text, extend_history(history, query, text, role)
         # 3. What was held back until it was clear that no more comes
-        text = tokenizer.visible(detokenizer.finish(), finished=True)
-        yield text, extend_history(history, query, text, role)
+        raw = detokenizer.finish()
+        text = tokenizer.visible(raw, finished=True)
+        names = tool_names(list(history or []))
+        response, metadata, content = published_response(raw, text, names)
+        yield response, extend_history(history, query, content, role, metadata)
 
 
 def generate_tokens(

@@ -1,19 +1,22 @@
 """Choosing the next token, for many sequences in one batch, each with its own settings.
 
-Temperature, nucleus (top_p), repetition penalty and seed are given per row, so no sequence's
+Each row has its own temperature, top_p, top_k, min_p, penalties, biases and seed, so no sequence's
 settings affect its neighbours. Randomness is counter-based: the noise of a token depends only on
 the seed, the position and the token, not on what else is in the batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from chatglm.errors import PromptTooLong
 
-DEFAULT_MAX_LENGTH = 2048  # tokens of prompt and answer, where a request sets no limit
+DEFAULT_MAX_LENGTH = 2048  # tokens of prompt and answer on POST /; the KV cache is made for these
+COLDEST = 1e-5  # the lowest temperature that is divided by
 CANDIDATES = 32  # the likeliest tokens; they nearly always hold the whole nucleus
 # Odd 64-bit multipliers of splitmix64 (Steele, Lea and Flood 2014), as signed integers.
 GOLDEN, MIX_1, MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
@@ -25,10 +28,53 @@ class SamplingParams:
 
     temperature: float = 0.95  # 0 is greedy
     top_p: float = 0.7  # nucleus sampling
+    top_k: int = 0  # the k likeliest tokens alone; 0: all
+    min_p: float = 0.0  # no token that is less likely than this times the likeliest
     repetition_penalty: float = 1.0  # over 1 discourages repetition
+    presence_penalty: float = 0.0  # over 0 discourages tokens that the answer has already
+    frequency_penalty: float = 0.0  # the same, each time that it has them
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its score)
+    logprobs: int | None = None  # with each token, its log-probability and so many alternatives
     seed: int | None = None  # 32 bits; the same seed gives the same answer
+    # Without any limit, the answer may fill the context.
     max_length: int | None = None  # of prompt and answer together
-    max_new_tokens: int | None = None  # of the answer alone; the smaller bound holds
+    max_new_tokens: int | None = None  # of the answer alone; the smallest bound holds
+    max_visible_tokens: int | None = None  # the same, from the first one on that a user sees
+
+    @property
+    def has_bias(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+
+class TokenLogprob(NamedTuple):
+    """How likely the network found a token: at temperature 1, before penalties and biases."""
+
+    token: int
+    logprob: float
+    alternatives: list[tuple[int, float]]  # the likeliest tokens, with their log-probabilities
+
+
+class Bias:
+    """What is added to a sequence's scores, `values` [V]: `logit_bias`, less the presence penalty
+    of each token that its answer has, and the frequency penalty times how often it has it.
+
+    Formula: https://platform.openai.com/docs/api-reference/chat/create (frequency_penalty)
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device) -> None:
+        self.params = params
+        self.values = torch.zeros(vocab_size, device=device)
+        for token, bias in params.logit_bias:
+            self.values[token] += bias
+        self._present: set[int] = set()
+
+    def count(self, tokens: Iterable[int]) -> None:
+        """Takes further tokens of the answer into account."""
+        for token in tokens:
+            self.values[token] -= self.params.frequency_penalty
+            if token not in self._present:
+                self.values[token] -= self.params.presence_penalty
+                self._present.add(token)
 
 
 def check_room(prompt_tokens: int, max_length: int, context: int, exact: bool = True) -> int:
@@ -36,8 +82,7 @@ def check_room(prompt_tokens: int, max_length: int, context: int, exact: bool = 
     PromptTooLong if there are none. If `prompt_tokens` is not `exact`, it is a lower bound."""
     if prompt_tokens < min(max_length, context):
         return min(max_length, context) - prompt_tokens
-    advice = "shorten the history" + (", or raise max_length" if max_length < context else "")
-    raise PromptTooLong(prompt_tokens, min(max_length, context), advice, exact)
+    raise PromptTooLong(prompt_tokens, max_length, context, exact)
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -65,22 +110,28 @@ def choose(
     top_p: torch.Tensor,
     seed: torch.Tensor,
     position: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The next token [n] for each row of `logits` [n, V], float32; the other arguments are [n].
 
     Temperature 0 is greedy. top_p keeps the fewest most likely tokens whose probabilities sum to
-    at least top_p (Holtzman et al. 2020), always one at least.
+    at least top_p (Holtzman et al. 2020), always one at least. It is of what top_k leaves, as in
+    transformers. The last two are given together, where a row uses one of them.
     """
     on_cpu = logits.device.type == "cpu"  # there, looking at values costs nothing
     greedy = None if on_cpu and temperature.all() else logits.argmax(dim=-1)
     if greedy is not None and on_cpu and not temperature.any():
         return greedy
-    scores = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    # Colder than this is as good as greedy, and a quotient could overflow.
+    divisor = torch.where(temperature > 0, temperature.clamp(min=COLDEST), 1.0)
+    scores = logits / divisor[:, None]
     probabilities = scores.softmax(dim=-1)
+    limits = (top_k, min_p)
     if can_branch(logits.device):
-        drawn = draw_from_few(probabilities, top_p, seed, position)
+        drawn = draw_from_few(probabilities, top_p, seed, position, *limits)
     else:
-        drawn = draw_above_floor(probabilities, top_p, seed, position)
+        drawn = draw_above_floor(probabilities, top_p, seed, position, *limits)
     return drawn if greedy is None else torch.where(temperature > 0, drawn, greedy)
 
 
@@ -91,24 +142,60 @@ def can_branch(device: torch.device) -> bool:
 
 
 def draw_from_few(
-    probabilities: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor, position: torch.Tensor
+    probabilities: torch.Tensor,
+    top_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A token [n] from the nucleus of each row. Sorting a whole vocabulary takes longer than the
     network; mostly, a few candidates have enough probability."""
     vocab_size = probabilities.shape[-1]
     candidates = min(CANDIDATES, vocab_size)
-    drawn, mass = draw(probabilities, candidates, top_p, seed, position)
-    few = (mass < top_p).nonzero().squeeze(1) if candidates < vocab_size else drawn[:0]
+    drawn, enough = draw(probabilities, candidates, top_p, seed, position, top_k, min_p)
+    few = (~enough).nonzero().squeeze(1) if candidates < vocab_size else drawn[:0]
     if few.numel():
-        drawn[few], _ = draw(probabilities[few], vocab_size, top_p[few], seed[few], position[few])
+        settings = (None if each is None else each[few] for each in (top_k, min_p))
+        drawn[few], _ = draw(
+            probabilities[few], vocab_size, top_p[few], seed[few], position[few], *settings
+        )
     return drawn
 
 
 def draw_above_floor(
-    probabilities: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor, position: torch.Tensor
+    probabilities: torch.Tensor,
+    top_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same without a look at values, and without sorting. The nucleus is every token whose
-    probability is at least some floor: the highest with which they sum to top_p.
+    probability is at least some floor: the highest with which they sum to top_p."""
+    kept = torch.ones_like(probabilities, dtype=torch.bool)
+    mass = torch.ones_like(probabilities[:, :1])
+    if top_k is not None and min_p is not None:
+        limited = (top_k > 0)[:, None]
+        most = torch.where(limited, top_k[:, None], 0)
+        kept = above_floor(probabilities, lambda above: above.sum(-1, keepdim=True) >= most)
+        kept = kept | ~limited
+        mass = torch.where(limited, torch.where(kept, probabilities, 0.0).sum(-1, True), 1.0)
+        kept = kept & (probabilities >= min_p[:, None] * probabilities.amax(-1, keepdim=True))
+    wanted = top_p[:, None] * mass
+    kept = kept & above_floor(
+        probabilities,
+        lambda above: torch.where(above, probabilities, 0.0).sum(-1, keepdim=True) >= wanted,
+    )
+    tokens = torch.arange(probabilities.shape[-1], device=probabilities.device)[None]  # [1, V]
+    ranked = probabilities.log() + gumbel_noise(seed, position, tokens)
+    return torch.where(kept, ranked, -torch.inf).argmax(dim=-1)
+
+
+def above_floor(
+    probabilities: torch.Tensor, is_enough: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The tokens [n, V] above the highest floor with which `is_enough` still holds [n, 1].
 
     The floor is found bit by bit, from the highest bit of a float32 down: positive floats are in
     the same order as their bits read as integers.
@@ -117,11 +204,8 @@ def draw_above_floor(
     floor = torch.zeros_like(bits[:, :1])  # [n, 1]
     for place in reversed(range(30)):  # 1.0 has bits under 2**30
         tried = floor | (1 << place)
-        mass = torch.where(bits >= tried, probabilities, 0.0).sum(dim=-1, keepdim=True)
-        floor = torch.where(mass >= top_p[:, None], tried, floor)
-    tokens = torch.arange(probabilities.shape[-1], device=probabilities.device)[None]  # [1, V]
-    ranked = probabilities.log() + gumbel_noise(seed, position, tokens)
-    return torch.where(bits >= floor, ranked, -torch.inf).argmax(dim=-1)
+        floor = torch.where(is_enough(bits >= tried), tried, floor)
+    return bits >= floor
 
 
 def draw(
@@ -130,15 +214,28 @@ def draw(
     top_p: torch.Tensor,
     seed: torch.Tensor,
     position: torch.Tensor,
+    top_k: torch.Tensor | None,
+    min_p: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token [n] from the nucleus of each row, if that is within its `candidates` likeliest, and
-    how much probability [n] these have."""
+    """A token [n] from what top_k, top_p and min_p leave of each row, and whether all of that is
+    within the row's `candidates` likeliest tokens, [n]. If not, the token does not count."""
     ordered, tokens = probabilities.topk(candidates, dim=-1)  # [n, candidates]
     before = ordered.cumsum(dim=-1) - ordered  # mass ahead of each
+    enough = ordered.sum(dim=-1) >= top_p
+    if top_k is None or min_p is None:
+        kept = before < top_p[:, None]
+    else:
+        limited = top_k > 0
+        rank = torch.arange(candidates, device=ordered.device)
+        first = (rank < top_k[:, None]) | ~limited[:, None]  # [n, candidates]
+        mass = torch.where(limited, (ordered * first).sum(dim=-1), 1.0)
+        likely = ordered >= min_p[:, None] * ordered[:, :1]
+        kept = first & likely & (before < (top_p * mass)[:, None])
+        enough = torch.where(limited, top_k <= candidates, enough)
     noise = gumbel_noise(seed, position, tokens)
-    ranked = torch.where(before < top_p[:, None], ordered.log() + noise, -torch.inf)
+    ranked = torch.where(kept, ordered.log() + noise, -torch.inf)
     drawn = tokens.gather(1, ranked.argmax(dim=-1, keepdim=True)).squeeze(1)
-    return drawn, ordered.sum(dim=-1)
+    return drawn, enough
 
 
 def penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,11 @@
     browsers.py     web pages of other origins
     refusals.py     where a 400, 401, 413, 429 or 503 gets its form
     responses.py    an answer on its way to a client that may disconnect
+    answers.py, stops.py    an answer up to a stop sequence, with calls; several at once
+    heads.py        request ids, unknown fields, HEAD
+    http1.py        offers to upgrade, and HTTP/1.0
     sse.py          /stream, server-sent events
-    openai_request.py, openai_api.py, stops.py    /v1, OpenAI's chat completions
+    openai_request.py, openai_fields.py, openai_api.py    /v1, OpenAI's chat completions
     listener.py, connections.py, shutdown.py, logs.py    from the port to the last answer
 
 Nothing here imports torch, and nothing in chatglm/ imports this.

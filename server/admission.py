@@ -16,6 +16,7 @@ import chatglm
 from server.bodies import ChatBody
 from server.browsers import refuse_other_sites
 from server.clients import client_of
+from server.heads import notice_unknown_fields
 from server.refusals import BadRequest
 from server.responses import unless_disconnected
 
@@ -29,6 +30,7 @@ class Admitted(NamedTuple, Generic[Body]):
 
     body: Body
     chunks: AsyncGenerator[chatglm.Chunk, None]  # of the answer; closing it cancels the request
+    others: list[AsyncGenerator[chatglm.Chunk, None]] = []  # of further answers, where n > 1
 
 
 async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
@@ -52,9 +54,20 @@ async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
         body, question, sequence = await unless_disconnected(request, preparing)
     except ValueError as error:
         raise BadRequest(error) from error
+    notice_unknown_fields(request, body)
+    sequence.trace_id = request.state.trace_id
     if request.app.state.settings.log_prompts:
         logger.info("prompt: %s", question)
-    return Admitted(body, await engine.submit(sequence, client))
+    chunks = await engine.submit(sequence, client)
+    others: list[AsyncGenerator[chatglm.Chunk, None]] = []
+    try:
+        for i in range(1, body.answers):
+            others.append(await engine.submit(sequence.again(i), client))
+    except BaseException:  # the queue is full, or the server stops: none of them is wanted
+        for each in (chunks, *others):
+            await each.aclose()
+        raise
+    return Admitted(body, chunks, others)
 
 
 async def read_body(request: Request) -> bytes:

@@ -6,13 +6,14 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -97,6 +98,14 @@ def one_of(forms: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+StopText = Annotated[str, Field(max_length=500)]
+Stop = Annotated[
+    StopText | Annotated[list[StopText], Field(max_length=32, fail_fast=True)],
+    one_of("a string or a list of strings"),
+    Field(description="texts that end the answer; not part of it"),
+]
+
+
 class StrictModel(BaseModel):
     """Strict types: no coercion from strings or booleans, no NaN. Null counts as absent; other
     keys are ignored."""
@@ -123,6 +132,13 @@ class ChatBody(StrictModel):
     """The body of a request for an answer, in any protocol."""
 
     stream: bool = False
+    IGNORED: ClassVar[frozenset[str]] = frozenset()  # what changes nothing; others are noticed
+    _unknown_fields: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def unknown_fields(self) -> list[str]:
+        """What the request had besides."""
+        return self._unknown_fields
 
     @abstractmethod
     def to_messages(self) -> list[dict]:
@@ -134,6 +150,17 @@ class ChatBody(StrictModel):
     def forced_prefix(self) -> str:
         """What the answer must begin with."""
         return ""
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end the answer."""
+        stop = getattr(self, "stop", [])
+        return [text for text in ([stop] if isinstance(stop, str) else stop) if text]
+
+    @property
+    def answers(self) -> int:
+        """How many answers are asked for."""
+        return 1
 
     @classmethod
     def uses(cls, field: str) -> bool:
@@ -158,18 +185,23 @@ class ChatBody(StrictModel):
     @classmethod
     def from_fields(cls, fields: object) -> Self:
         """From what was JSON. Raises ValueError, naming the first field that is wrong."""
+        unknown: list[str] = []
         if isinstance(fields, dict):
+            known = cls.model_fields.keys() | cls.IGNORED
+            unknown = [name for name in fields if name not in known]
             fields = {name: value for name, value in fields.items() if cls.uses(name)}
             for name, value in fields.items():
                 check_values(name, value)
         try:
-            return cls.model_validate(fields)
+            body = cls.model_validate(fields)
         except ValidationError as errors:
             first = errors.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"]))
             if not field:
                 raise ValueError(f"the body {problem(first)}") from errors
             raise InvalidField(field, problem(first)) from errors
+        body._unknown_fields = unknown
+        return body
 
     # For /docs: FastAPI sees nothing of a body that the route reads itself.
 

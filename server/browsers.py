@@ -55,6 +55,7 @@ class Browsers:
             settings.origins,
             allow_methods=["*"],
             allow_headers=["*"],
+            expose_headers=["X-Request-Id", "X-Unknown-Fields"],
             allow_private_network=True,
         )
         if not is_served(scope, settings.hosts):

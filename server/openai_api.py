@@ -10,133 +10,139 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.sse import format_sse_event
 
 from chatglm import Chunk, EngineError
-from chatglm.text.tools import ToolCall, may_be_call, read_call
+from chatglm.errors import preview
+from chatglm.sampling import TokenLogprob
+from chatglm.text.tools import ToolCall
 from server.admission import AUTH, admit
+from server.answers import Delta, deltas, logprobs_object, merged
 from server.openai_request import ChatCompletionRequest
 from server.refusals import documented, openai_error
 from server.responses import unless_disconnected
 from server.sse import EventStream, json_event
-from server.stops import StopSearch
 
 # --- 1. The answer ---------------------------------------------------------------------------
-
-
-class Delta(NamedTuple):
-    """What is new in an answer: text, or a call."""
-
-    text: str
-    call: ToolCall | None
-    finish_reason: str | None
-    chunk: Chunk
-
-
-async def deltas(
-    chunks: AsyncGenerator[Chunk, None], names: list[str], stops: list[str]
-) -> AsyncGenerator[Delta, None]:
-    """Text as it comes, up to a stop sequence; a call of one of `names` once it is complete. The
-    last one has a `finish_reason`."""
-    sent, search = 0, StopSearch(stops)
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            reason = chunk.finish_reason
-            if not reason and names and may_be_call(chunk.raw, names):
-                continue
-            if reason and (call := read_call(chunk.raw, names)):
-                yield Delta("", call, "tool_calls", chunk)
-                return
-            text, stopped = search.before_stop(chunk.text, ended=reason is not None)
-            reason = "stop" if stopped else reason
-            if len(text) > sent or reason:
-                yield Delta(text[sent:], None, reason, chunk)
-                sent = len(text)
-            if reason:
-                return
 
 
 class ChatCompletionReply:
     """The objects of one answer."""
 
     def __init__(
-        self, model: str, body: ChatCompletionRequest, chunks: AsyncGenerator[Chunk, None]
+        self,
+        model: str,
+        body: ChatCompletionRequest,
+        answers: list[AsyncGenerator[Chunk, None]],
+        tokenizer: Any,
     ) -> None:
         self.head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
         }
-        stops = [body.stop] if isinstance(body.stop, str) else body.stop
-        self.deltas = deltas(chunks, body.callable_names(), [stop for stop in stops if stop])
-        self.include_usage = body.stream_options.include_usage
+        self.body, self.tokenizer = body, tokenizer
+        names, stops = body.callable_names(), body.stops
+        self.deltas = merged([deltas(chunks, names, stops) for chunks in answers])
+        self.last: dict[int, Chunk] = {}  # of each answer, for the usage
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """chat.completion.chunk objects with the role, then what is new, then how it ended, perhaps
         the usage; [DONE]. After a failure, an error object is the last."""
         try:
-            yield self.chunk_event({"role": "assistant", "content": ""})
+            for i in range(self.body.answers):
+                yield self.chunk_event(i, {"role": "assistant", "content": ""})
             async with aclosing(self.deltas):
-                async for delta in self.deltas:
+                async for i, delta in self.deltas:
+                    self.last[i] = delta.chunk
                     if delta.call:
                         call = {"index": 0, **call_object(delta.call)}
-                        yield self.chunk_event({"tool_calls": [call]})
-                    elif delta.text:
-                        yield self.chunk_event({"content": delta.text})
-            yield self.chunk_event({}, delta.finish_reason)
-            if self.include_usage:
-                yield self.chunk_event({}, choices=[], usage=usage(delta.chunk))
+                        yield self.chunk_event(i, {"tool_calls": [call]}, delta)
+                    elif delta.text or delta.logprobs:
+                        yield self.chunk_event(i, {"content": delta.text}, delta)
+                    if delta.finish_reason:
+                        yield self.chunk_event(i, {}, finish_reason=delta.finish_reason)
+            if self.body.stream_options.include_usage:
+                yield self.chunk_event(0, {}, choices=[], usage=self.usage())
             yield format_sse_event(data_str="[DONE]")
         except EngineError as error:
             yield json_event(openai_error(HTTPException(503, str(error))))
 
-    def chunk_event(self, delta: dict, finish_reason: str | None = None, **more: Any) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def chunk_event(
+        self,
+        index: int,
+        new: dict,
+        delta: Delta | None = None,
+        finish_reason: str | None = None,
+        **more: Any,
+    ) -> bytes:
+        logprobs = self.logprobs(delta.logprobs) if delta else None
+        choice = {
+            "index": index,
+            "delta": new,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
         return json_event(
             {"object": "chat.completion.chunk", **self.head, "choices": [choice], **more}
         )
 
     async def whole(self) -> dict:
         """One chat.completion object."""
-        message: dict[str, Any] = {"role": "assistant", "content": ""}
+        texts = [""] * self.body.answers
+        logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+        choices: dict[int, dict] = {}
         async with aclosing(self.deltas):
-            async for delta in self.deltas:
-                message["content"] += delta.text
-        if delta.call:
-            message |= {"content": None, "tool_calls": [call_object(delta.call)]}
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": None,
-            "finish_reason": delta.finish_reason,
-        }
+            async for i, delta in self.deltas:
+                self.last[i] = delta.chunk
+                texts[i] += delta.text
+                logprobs[i] += delta.logprobs
+                if delta.finish_reason:
+                    choices[i] = {
+                        "index": i,
+                        "message": message_object(texts[i], delta.call),
+                        "logprobs": self.logprobs(logprobs[i]),
+                        "finish_reason": delta.finish_reason,
+                    }
         return {
             "object": "chat.completion",
             **self.head,
-            "choices": [choice],
-            "usage": usage(delta.chunk),
+            "choices": [choices[i] for i in sorted(choices)],
+            "usage": self.usage(),
         }
+
+    def logprobs(self, logprobs: list[TokenLogprob]) -> dict | None:
+        return logprobs_object(self.tokenizer, logprobs) if self.body.logprobs else None
+
+    def usage(self) -> dict:
+        prompt_tokens = self.last[0].prompt_tokens
+        completion_tokens = sum(
+            chunk.completion_tokens - chunk.hidden_tokens for chunk in self.last.values()
+        )
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
+
+
+def message_object(text: str, call: ToolCall | None) -> dict:
+    if call:
+        return {"role": "assistant", "content": None, "tool_calls": [call_object(call)]}
+    return {"role": "assistant", "content": text}
 
 
 def call_object(call: ToolCall) -> dict:
     return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": call._asdict()}
 
 
-def usage(chunk: Chunk) -> dict:
-    return {
-        "prompt_tokens": chunk.prompt_tokens,
-        "completion_tokens": chunk.completion_tokens,
-        "total_tokens": chunk.prompt_tokens + chunk.completion_tokens,
-    }
-
-
 # --- 2. The routes ---------------------------------------------------------------------------
 
-REFUSAL = openai_error(HTTPException(400, "n 2 is not supported; leave it out"))
+REFUSAL = openai_error(HTTPException(400, "temperature must be less than or equal to 2, not 3"))
 COMPLETION = {
     "application/json": {"object": "chat.completion"},
     "text/event-stream": "data: [DONE]",
@@ -151,8 +157,9 @@ router = APIRouter(prefix="/v1", dependencies=AUTH, responses=documented(REFUSAL
 )
 async def complete(request: Request) -> Response:
     """An answer in OpenAI's format, with tools, streamed or whole."""
-    body, chunks = await admit(request, ChatCompletionRequest)
-    reply = ChatCompletionReply(request.app.state.settings.model_name, body, chunks)
+    body, chunks, others = await admit(request, ChatCompletionRequest)
+    name, tokenizer = request.app.state.settings.model_name, request.app.state.engine.tokenizer
+    reply = ChatCompletionReply(name, body, [chunks, *others], tokenizer)
     if body.stream:
         return EventStream(reply.events())
     return JSONResponse(await unless_disconnected(request, reply.whole()))
@@ -161,6 +168,24 @@ async def complete(request: Request) -> Response:
 @router.get("/models")
 async def models(request: Request) -> dict:
     """The one model that is served."""
-    name = request.app.state.settings.model_name
-    model = {"id": name, "object": "model", "created": 0, "owned_by": "chatglm"}
-    return {"object": "list", "data": [model]}
+    return {"object": "list", "data": [model_card(request)]}
+
+
+@router.get("/models/{name:path}", responses={404: {"description": "there is no such model"}})
+async def model(request: Request, name: str) -> dict:
+    """The same model, by its name."""
+    card = model_card(request)
+    if name != card["id"]:
+        raise HTTPException(404, f"there is no model {preview(name)} here, but {card['id']}")
+    return card
+
+
+def model_card(request: Request) -> dict:
+    context = request.app.state.engine.max_request_tokens
+    return {
+        "id": request.app.state.settings.model_name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "chatglm",
+        "max_model_len": context,  # vLLM's name for it, which clients read
+    }

@@ -9,7 +9,7 @@ import json
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from chatglm import InvalidField, SamplingParams
 from chatglm.errors import preview
@@ -18,11 +18,13 @@ from server.bodies import (
     ChatBody,
     RepetitionPenalty,
     Seed,
+    Stop,
     StrictModel,
     Temperature,
     TopP,
     one_of,
 )
+from server.openai_fields import IGNORED, UNSUPPORTED, refuse_unsupported, without_unset
 from server.parsing import check_values
 
 ROLES = {"developer": "system", "tool": "observation", "function": "observation"}  # our names
@@ -32,21 +34,7 @@ ROLES = {"developer": "system", "tool": "observation", "function": "observation"
 MESSAGES = Field(min_length=1, max_length=20_000, fail_fast=True)
 PARTS = Field(max_length=1000, fail_fast=True)
 TOOLS = Field(max_length=1000, fail_fast=True)
-STOPS = Field(max_length=32, fail_fast=True)
-Stop = Annotated[str, Field(max_length=500)]
-
-# What would change the answer and is not supported, with the values that ask for nothing.
-UNSUPPORTED: dict[str, list[Any]] = {
-    "n": [1],
-    "logprobs": [False],
-    "top_logprobs": [0],
-    "logit_bias": [{}],
-    "functions": [[]],
-    "frequency_penalty": [0],
-    "presence_penalty": [0],
-    "response_format": [{"type": "text"}],
-    "modalities": [["text"]],
-}
+MAX_BIASES = 1024
 
 
 class ContentPart(StrictModel):
@@ -54,8 +42,14 @@ class ContentPart(StrictModel):
     text: str
 
 
+class OtherPart(StrictModel):
+    """Known only to be refused as what it is."""
+
+    type: Literal["image_url", "input_image", "input_audio", "audio_url", "video_url", "file"]
+
+
 Content = Annotated[
-    str | Annotated[list[ContentPart], PARTS] | None,
+    str | Annotated[list[ContentPart | OtherPart], PARTS] | None,
     one_of('a string or a list of {"type": "text", "text": …} parts'),
 ]
 
@@ -73,22 +67,32 @@ class Message(StrictModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = None
     tool_calls: Annotated[list[MessageToolCall], TOOLS] | None = None
+    function_call: FunctionCall | None = Field(None, description="a call, in its older form")
 
     def to_messages(self, where: str) -> list[dict]:
         """As the tokenizer takes them: what is said, then each call. Raises InvalidField."""
         content = self.content or ""
         if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        calls = [
-            write_call(
-                call.function.name,
-                read_arguments(call.function.arguments, f"{where}.tool_calls.{i}.function"),
-            )
+            content = "".join(text_of(part, f"{where}.content") for part in content)
+        functions = {
+            f"{where}.tool_calls.{i}.function": call.function
             for i, call in enumerate(self.tool_calls or [])
+        }
+        if self.function_call:
+            functions[f"{where}.function_call"] = self.function_call
+        calls = [
+            write_call(function.name, read_arguments(function.arguments, place))
+            for place, function in functions.items()
         ]
         if calls and not content:
             return calls
         return [{"role": ROLES.get(self.role, self.role), "content": content}, *calls]
+
+
+def text_of(part: ContentPart | OtherPart, where: str) -> str:
+    if isinstance(part, OtherPart):
+        raise InvalidField(where, f"has a part of type {part.type!r}; this model reads text alone")
+    return part.text
 
 
 class FunctionDefinition(StrictModel):
@@ -107,14 +111,13 @@ class NamedToolChoice(StrictModel):
     function: FunctionCall
 
 
+Penalty = Annotated[
+    float, Field(ge=-2, le=2, description="over 0 discourages what the answer has already")
+]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 ToolChoice = Annotated[
     Literal["none", "auto", "required"] | NamedToolChoice,
     one_of('"none", "auto", "required" or {"type": "function", "function": {"name": …}}'),
-]
-
-
-StopSequences = Annotated[
-    Stop | Annotated[list[Stop], STOPS], one_of("a string or a list of strings")
 ]
 
 
@@ -124,7 +127,10 @@ class StreamOptions(StrictModel):
 
 class ChatCompletionRequest(ChatBody):
     """A conversation to go on with. Fields that are not listed are ignored, but for those that
-    would change the answer (n, logprobs, response_format, …): they are refused."""
+    would change the answer (response_format, functions, …): they are refused. -1, 0 and "" count
+    as absent where they can mean nothing."""
+
+    IGNORED = IGNORED | UNSUPPORTED.keys()
 
     model_config = ConfigDict(
         extra="allow",
@@ -134,35 +140,66 @@ class ChatCompletionRequest(ChatBody):
     )
     model: str = Field("", description="any name: the server has one model")
     messages: Annotated[list[Message], MESSAGES] = Field(
-        description="the last one not the assistant's"
+        description="if the last one is the assistant's, it is continued"
     )
     max_tokens: int | None = Field(None, ge=1, description="tokens of the answer")
     max_completion_tokens: int | None = Field(None, ge=1, description="the same, newer name")
     top_p: TopP = 0.7
     temperature: Temperature = 0.95
     repetition_penalty: RepetitionPenalty = 1.0
+    top_k: int = Field(0, ge=0, description="the k likeliest tokens alone; 0: all")
+    min_p: float = Field(0.0, ge=0, le=1, description="no token less likely than this share")
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: dict[str, Bias] = Field({}, description="by token id: added to its score")
+    logprobs: bool = Field(False, description="tell how likely each token was")
+    top_logprobs: int = Field(0, ge=0, le=20, description="and so many others in its place")
+    n: int = Field(1, ge=1, le=16, description="answers")
     seed: Seed = None
-    stop: StopSequences = Field([], description="texts that end the answer; not part of it")
+    stop: Stop = []
     stream_options: StreamOptions = StreamOptions()
     tools: Annotated[list[Tool], TOOLS] = []
     tool_choice: ToolChoice = "auto"
+
+    @property
+    def answers(self) -> int:
+        return self.n
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_unset(cls, fields: object) -> object:
+        return without_unset(fields)
 
     @classmethod
     def uses(cls, field: str) -> bool:
         return super().uses(field) or field in UNSUPPORTED
 
     def to_messages(self) -> list[dict]:
-        for field, value in (self.model_extra or {}).items():
-            if field in UNSUPPORTED and value not in UNSUPPORTED[field]:
-                raise InvalidField(field, f"{preview(value)} is not supported; leave it out")
-        if self.messages[-1].role == "assistant":
-            raise InvalidField("messages", "must not end with the assistant's; add the user's")
+        refuse_unsupported(self.model_extra or {})
         messages: list[dict] = []
         for i, message in enumerate(self.messages):
             messages += message.to_messages(f"messages.{i}")
+        self.check_last(messages)
         names = set(self.callable_names())
         tools = [tool.function.model_dump() for tool in self.tools if tool.function.name in names]
         return declare(messages, tools) if tools else messages
+
+    def check_last(self, messages: list[dict]) -> None:
+        """An answer that is begun is continued. One without text is none: some programs send it."""
+        if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:
+            messages.pop()
+        if messages[-1]["role"] != "assistant":
+            return
+        if "metadata" in messages[-1]:
+            raise InvalidField("messages", "must not end with a call; add the tool's result")
+        if len(messages) == 1 or not messages[-1]["content"]:
+            raise InvalidField("messages", "must have one that is not the assistant's")
+        if self.is_forced:
+            raise InvalidField("tool_choice", "cannot force a call where the answer has begun")
+
+    @property
+    def is_forced(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedToolChoice)
 
     def callable_names(self) -> list[str]:
         """The tools that the model may call. Raises InvalidField for one that is not declared."""
@@ -188,14 +225,25 @@ class ChatCompletionRequest(ChatBody):
             temperature=self.temperature,
             top_p=self.top_p,
             repetition_penalty=self.repetition_penalty,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((token_id(key), bias) for key, bias in self.logit_bias.items()),
+            logprobs=self.top_logprobs if self.logprobs else None,
             seed=self.seed,
-            max_new_tokens=min(limits, default=None),
+            max_visible_tokens=min(limits, default=None),
         )
 
     def forced_prefix(self) -> str:
         """A forced tool call starts with the tool's name; the model writes the arguments."""
-        forced = self.tool_choice == "required" or isinstance(self.tool_choice, NamedToolChoice)
-        return self.callable_names()[0] + "\n" if forced else ""
+        return self.callable_names()[0] + "\n" if self.is_forced else ""
+
+
+def token_id(key: str) -> int:
+    if key.isascii() and key.isdecimal() and len(key) < 10:
+        return int(key)
+    raise InvalidField("logit_bias", f"must have token ids as its keys, not {preview(key)}")
 
 
 def read_arguments(text: str, where: str) -> dict:

@@ -19,7 +19,13 @@ CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"  # OpenAI's code: the conver
 REFUSAL = {"detail": "top_p must be less than or equal to 1, not 2"}  # for /docs
 FRAMES = {  # an answer of POST /, in frames and whole; for /docs
     "text/plain": "<^>H<^>Hi!",
-    "application/json": {"response": "Hi!", "status": 200, "history": [["Hi", "Hi!"]], "time": "…"},
+    "application/json": {
+        "response": "Hi!",
+        "status": 200,
+        "history": [["Hi", "Hi!"]],
+        "finish_reason": "stop",
+        "time": "2026-01-31 12:00:00",
+    },
 }
 REASONS = {
     400: "what cannot be served, and why",

@@ -39,6 +39,7 @@ class Settings:
     adapter: str | None = flag(
         None, "a folder or a hub id: LoRA or P-Tuning v2, trained on top of the model"
     )
+    served_model_name: str | None = flag(None, "what clients see (default: the folder's name)")
     device: str = flag("auto", "auto, cuda, cuda:1, mps or cpu")
     dtype: str = flag("auto", "auto, bfloat16, float16 or float32")
     quantize: str | None = flag(None, "int8 or int4: smaller weights, for a small GPU")
@@ -89,6 +90,8 @@ class Settings:
     @property
     def model_name(self) -> str:
         """As clients see it: of a folder its name alone, as where it lies is nobody's business."""
+        if self.served_model_name:
+            return self.served_model_name
         if self.model and os.path.isdir(self.model):
             return Path(self.model).resolve().name
         return self.model or "chatglm3-tiny"

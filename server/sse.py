@@ -1,7 +1,8 @@
 """`/stream`: the answer as server-sent events, which browsers read by themselves.
 
     data: {"text": "Hel", "message_id": "7f…"}      what is new, event by event
-    data: [DONE]                                    the end of a whole answer
+    data: {"text": "lo", …, "finish_reason": "stop"}  the last text; "length" if it was cut
+    data: [DONE]                                    the end
     event: error                                    the end of a broken one; data has the reason
 
 Format: https://html.spec.whatwg.org/multipage/server-sent-events.html
@@ -19,6 +20,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from chatglm import Chunk, EngineError
 from server.admission import AUTH, admit
+from server.answers import shown
 from server.bodies import ChatBody
 from server.refusals import REFUSAL, documented
 from server.responses import AnswerResponse
@@ -68,10 +70,11 @@ async def answer_events(
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                new = chunk.text[len(sent) :]
-                is_due = bool(new) if in_pieces else chunk.finish_reason is not None
-                if is_due:
-                    yield json_event({"text": new, "message_id": message_id}, id=message_id)
+                data = {"text": chunk.text[len(sent) :], "message_id": message_id}
+                if chunk.finish_reason:
+                    yield json_event({**data, "finish_reason": chunk.finish_reason}, id=message_id)
+                elif in_pieces and data["text"]:
+                    yield json_event(data, id=message_id)
                     sent = chunk.text
         yield format_sse_event(data_str="[DONE]", id=message_id)
     except EngineError as error:
@@ -89,7 +92,7 @@ def make_router(body_type: type[ChatBody]) -> APIRouter:
     @router.post("/stream", openapi_extra=body_type.openapi_body())
     async def stream(request: Request) -> Response:
         """What is new of an answer, event by event; [DONE] at its end."""
-        body, chunks = await admit(request, body_type)
+        body, chunks = shown(await admit(request, body_type))
         return EventStream(answer_events(chunks, in_pieces=body.stream))
 
     @router.get("/stream", openapi_extra=body_type.openapi_query())

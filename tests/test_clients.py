@@ -288,14 +288,14 @@ def test_a_tool_chosen_by_name_is_the_one_that_is_called(client, choice):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("n", 2),
+        ("n", 17),
         ("messages", []),
         ("messages", [{"role": "assistant", "content": "Hello"}]),
         ("messages", [{"role": "nobody", "content": "Hello"}]),
         ("temperature", 3),
         ("top_p", 1.5),
-        ("max_tokens", -1),
-        ("seed", -1),
+        ("max_tokens", -2),
+        ("seed", -2),
         ("stop", [1]),
         ("tools", "get_time"),
     ],

@@ -215,6 +215,7 @@ def sessions(server):
         until(lambda: server.known() == 2)
         server.is_fixed = True
     with server.held(), crowd(server.url, 1, "0", **LONG):
+        until(lambda: busy(server.url, "0") == 3)
         return until(lambda: one_of_each(server.url))
 
 
@@ -299,6 +300,7 @@ def test_replicas_come_and_go_with_the_load_and_no_answer_is_lost(server):
     with ExitStack() as stack:
         with server.held():
             with crowd(url, 1, "0", **LONG):  # three requests are too many for one replica
+                until(lambda: busy(url, "0") == 3)  # else one that is not there yet looks like none
                 sessions = until(lambda: one_of_each(url))
                 got = stack.enter_context(readers(url, *sessions))
                 until(lambda: [busy(url, session) for session in sessions] == [4, 1])

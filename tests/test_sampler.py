@@ -2,13 +2,14 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from chatglm import sampling
-from chatglm.engine import batch
-from chatglm.engine.batch import SamplerProcessor
+from chatglm.engine import sampler
+from chatglm.engine.sampler import SamplerProcessor
 from chatglm.sampling import choose, draw_above_floor, gumbel_noise, penalise
 
 ROWS = 40_000
@@ -80,7 +81,8 @@ def test_repetition_penalty_is_that_of_transformers():
         torch.testing.assert_close(penalise(logits, seen, torch.full((3,), penalty)), wanted)
 
 
-def test_without_looking_at_values_the_same_tokens_are_drawn(monkeypatch):
+@pytest.mark.parametrize("limited", [False, True])
+def test_without_looking_at_values_the_same_tokens_are_drawn(monkeypatch, limited):
     """What a CUDA graph computes, on a CPU: neither a sort nor a branch."""
     dice = torch.Generator().manual_seed(4)
     logits = torch.randn(500, 2000, generator=dice) * torch.rand(500, 1, generator=dice) * 8
@@ -91,9 +93,19 @@ def test_without_looking_at_values_the_same_tokens_are_drawn(monkeypatch):
         torch.arange(500) * 3,
     ]
     settings[1][::7] = 1.0
+    if limited:
+        settings.append(torch.randint(0, 60, (500,), generator=dice))  # top_k, 0 in some rows
+        settings.append(torch.rand(500, generator=dice) * 0.2 * (torch.arange(500) % 3 > 0))
     expected = choose(logits, *settings)
     monkeypatch.setattr(sampling, "can_branch", lambda device: False)
     assert torch.equal(choose(logits, *settings), expected)
+
+
+def test_the_coldest_temperature_is_as_good_as_greedy():
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(7)) * 1e4
+    coldest = torch.full((6,), 1e-40)
+    tokens = choose(logits, coldest, torch.ones(6), torch.arange(6), torch.arange(6))
+    assert torch.equal(tokens, logits.argmax(-1))
 
 
 def test_a_tiny_top_p_leaves_the_likeliest_token_and_one_leaves_all():
@@ -129,16 +141,17 @@ def in_a_step(has_new_token=True, **settings):
 
 
 def test_the_settings_of_a_step_reach_the_device_in_one_copy_bit_for_bit():
-    requests = [in_a_step(), in_a_step(has_new_token=False), in_a_step(seed=2**32 - 1, top_p=0.1)]
+    last = in_a_step(seed=2**32 - 1, top_p=0.1, min_p=0.25, top_k=4)
+    requests = [in_a_step(), in_a_step(has_new_token=False), last]
     processor = SamplerProcessor(50, 4, torch.device("cpu"))
-    rows = processor.prepare_tensor_args(requests, torch.full((5, 9), 77, dtype=torch.int32))
-    floats = [[0.5, 0.5], [0.75, 0.1], [1, 1]]
-    assert torch.equal(rows[:3, :2].view(torch.float32), torch.tensor(floats))
-    assert (rows[3, :2].long() & 0xFFFFFFFF).tolist() == [5, 2**32 - 1]
-    assert rows[4, :2].tolist() == [7, 7]
+    rows = processor.prepare_tensor_args(requests, torch.full((7, 9), 77, dtype=torch.int32))
+    floats = [[0.5, 0.5], [0.75, 0.1], [1, 1], [0, 0.25]]
+    assert torch.equal(rows[:4, :2].view(torch.float32), torch.tensor(floats))
+    assert (rows[4, :2].long() & 0xFFFFFFFF).tolist() == [5, 2**32 - 1]
+    assert rows[5, :2].tolist() == [0, 4] and rows[6, :2].tolist() == [7, 7]
     assert not rows[:, 2].any() and (rows[:, 3:] == 77).all()  # that one only reads its prompt
     with Copies() as copies:
-        processor.prepare_tensor_args(requests, torch.empty(5, 9, dtype=torch.int32, device="meta"))
+        processor.prepare_tensor_args(requests, torch.empty(7, 9, dtype=torch.int32, device="meta"))
     assert copies.count == 1
 
 
@@ -148,11 +161,11 @@ def test_a_graph_penalises_whatever_python_thinks(monkeypatch):
     asked = [in_a_step(temperature=0.0, repetition_penalty=2.0), in_a_step(temperature=0.0)]
     for request in asked:
         request.state.initial_tokens, request.state.generated_tokens = [3, 4], [8]
-    rows = processor.prepare_tensor_args(asked, torch.zeros(5, 2, dtype=torch.int32))
+    rows = processor.prepare_tensor_args(asked, torch.zeros(7, 2, dtype=torch.int32))
     scores = torch.randn(2, 50, generator=torch.Generator().manual_seed(6))
     scores[:, 8] = scores.max() + 1  # the likeliest, and already said
     expected = processor(None, scores, rows)
     assert expected.argmax(-1).tolist()[1] == 8 != expected.argmax(-1).tolist()[0]
     processor.penalising = False
-    monkeypatch.setattr(batch, "can_branch", lambda device: False)
+    monkeypatch.setattr(sampler, "can_branch", lambda device: False)
     assert torch.equal(processor(None, scores, rows), expected)

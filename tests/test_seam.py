@@ -32,13 +32,15 @@ from bench.sizes import CHATGLM3_6B
 from chatglm.checkpoint.conversion import translate_config
 from chatglm.checkpoint.tensors import Computed
 from chatglm.engine import batch
-from chatglm.engine.batch import SamplerProcessor, WholePromptScheduler, cache_config
+from chatglm.engine.batch import WholePromptScheduler, cache_config
 from chatglm.engine.prefix_attention import prefixed_sdpa
+from chatglm.engine.sampler import SamplerProcessor
 from chatglm.text.messages import to_messages
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "chatglm3"
 BATCH, ATTENTION = "chatglm/engine/batch.py", "chatglm/engine/cpu_attention.py"
+SAMPLER = "chatglm/engine/sampler.py"
 PREFIX = "chatglm/engine/prefix_attention.py"
 CONVERSION = "chatglm/checkpoint/conversion.py"
 
@@ -109,18 +111,18 @@ PARTS = {
         lambda seen: type(seen.manager.batch_processor.logit_processor) is SamplerProcessor,
     ),
     "a logits processor tells its settings, its rows, and whether it does anything": (
-        BATCH,
+        SAMPLER,
         lambda: (
             {"supported_keys", "ignored_keys", "tensors_required", "do_processing"}
             <= set(vars(SamplerProcessor(4, 1, torch.device("cpu"))))
         ),
     ),
     "a logits processor is called with the ids, the scores and its rows": (
-        BATCH,
+        SAMPLER,
         lambda: len(arguments(Processors.__call__)) == len(arguments(SamplerProcessor.__call__)),
     ),
     "a logits processor fills its rows by these methods": (
-        BATCH,
+        SAMPLER,
         lambda: (
             arguments(Processors.fill_defaults) == ["self", "int32_tensor"]
             and arguments(Processors.prepare_tensor_args)
@@ -291,11 +293,11 @@ def test_a_gpu_has_room_for_so_many_conversations(monkeypatch, gigabytes, conver
     assert blocks * settings.page_size // 2048 == conversations
 
 
-def test_only_two_files_know_the_inside_of_continuous_batching():
+def test_only_three_files_know_the_inside_of_continuous_batching():
     inside = re.compile("transformers.generation.continuous_batching")
     files = [ROOT / "api.py", ROOT / "client.py"]
     files += [file for name in ("chatglm", "server") for file in (ROOT / name).rglob("*.py")]
     known = {
         str(file.relative_to(ROOT)) for file in files if inside.search(file.read_text("utf-8"))
     }
-    assert {Path(name).as_posix() for name in known} == {BATCH, ATTENTION}
+    assert {Path(name).as_posix() for name in known} == {BATCH, SAMPLER, ATTENTION}

@@ -106,7 +106,7 @@ WRONG = [  # a body of /v1, the field that is named in `param`, and the message
     ({"seed": 2**32}, "seed", "seed must be less than 4294967296, not 4294967296"),
     ({"max_tokens": 2.5}, "max_tokens", "max_tokens must be an integer, not 2.5"),
     ({"stream": 1}, "stream", "stream must be true or false, not 1"),
-    ({"n": 2}, "n", "n 2 is not supported; leave it out"),
+    ({"functions": [{}]}, "functions", "functions [{}] is not supported; use tools"),
     (
         {"messages": [USER, CALL, USER]},
         "messages.1.tool_calls.0.function.arguments",
@@ -171,7 +171,8 @@ def test_the_events_are_readable_on_the_wire(url):
     body = {"prompt": "什么是 HTTP？", "temperature": 0, "stream": False}
     lines = requests.post(url + "/stream", json=body, timeout=LIMIT).content.decode().split("\n")
     text, message_id = requests.post(url, json=body, timeout=LIMIT).json()["response"], lines[1][4:]
-    assert lines[0] == f'data: {{"text": "{text}", "message_id": "{message_id}"}}'
+    data = f'{{"text": "{text}", "message_id": "{message_id}", "finish_reason": "stop"}}'
+    assert lines[0] == f"data: {data}"
     assert lines[1:] == [f"id: {message_id}", "", "data: [DONE]", f"id: {message_id}", "", ""]
 
 

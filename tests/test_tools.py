@@ -11,7 +11,7 @@ from chatglm.engine.sequence import Chunk
 from chatglm.text.template import TemplateTokenizer
 from chatglm.text.tokenizer import ChatGLMTokenizer
 from chatglm.text.tools import INTRODUCTION, declare, may_be_call, read_call, write_call
-from server.openai_api import deltas
+from server.answers import deltas
 from server.openai_request import ChatCompletionRequest
 from server.stops import StopSearch
 
@@ -221,20 +221,19 @@ def test_theirs_becomes_ours_role_by_role():
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
-        ({"n": 2}, "n 2"),
-        ({"logprobs": True}, "logprobs"),
+        ({"n": 17}, "n must be"),
         ({"messages": []}, "messages"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"top_p": "1"}, "top_p"),
-        ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages must have"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages.0.content",
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content"),
-        ({"frequency_penalty": 1.0}, "frequency_penalty"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"frequency_penalty": 3.0}, "frequency_penalty"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
     ],
 )

@@ -1,7 +1,8 @@
 """The seam to transformers' continuous batching: a batch of sequences, and the thread that runs it.
 
 Everything that this project takes from inside `transformers.generation.continuous_batching` is
-named in this file, or beside it in cpu_attention.py, prefix_attention.py and contexts.py.
+named in this file, or beside it in sampler.py, cpu_attention.py, prefix_attention.py and
+contexts.py.
 tests/test_seam.py checks each of these names.
 """
 
@@ -17,11 +18,7 @@ import torch
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
-    LogitsProcessorList,
     PreTrainedModel,
-)
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessorList,
 )
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
@@ -34,9 +31,10 @@ from transformers.utils import is_flash_attn_2_available
 from chatglm.engine import cpu_attention
 from chatglm.engine.cpu_cache import MemoryOnFirstUse
 from chatglm.engine.cpu_glm import FusedGlmMixin
+from chatglm.engine.sampler import SamplerProcessor
 from chatglm.engine.sequence import LatestOutput, Output, Sequence
 from chatglm.hardware.device import free_memory
-from chatglm.sampling import DEFAULT_MAX_LENGTH, can_branch, choose, penalise
+from chatglm.sampling import DEFAULT_MAX_LENGTH
 
 BLOCK_SIZE = 32  # tokens in a block of the KV cache: prefixes are shared by whole blocks
 CPU_CACHE_SHARE = 0.4  # of the free host memory, the most that the KV cache may take
@@ -64,8 +62,10 @@ class Batch:
         # Both must be in place before `warmup` builds what refers to them.
         self._router = self._manager.output_router = SequenceRouter()
         self._manager.logit_processor = SamplerProcessor(
-            model.config.vocab_size, max_running, model.device
+            model.config.vocab_size, max_running, model.device, self._router.sequences
         )
+        # Under CUDA graphs, which need flash attention, no Python runs in a step.
+        self.offers_logprobs = model.device.type == "cpu" or not is_flash_attn_2_available()
         config = self._manager.continuous_batching_config
         if model.device.type == "cpu":
             model.set_attn_implementation(cpu_attention.NAME)
@@ -111,7 +111,11 @@ class Batch:
             temperature=float(params.temperature),
             top_p=float(params.top_p),
             repetition_penalty=float(params.repetition_penalty),
+            min_p=float(params.min_p),
             seed=params.seed,
+            top_k=params.top_k,
+            has_bias=params.has_bias,
+            has_logprobs=params.logprobs is not None,
         )
         if accepted is None:
             del self._router.sequences[sequence.batch_id]
@@ -218,81 +222,3 @@ def translate(sequence: Sequence, output: GenerationOutput) -> Output:
 def notify_all(mailboxes: list[LatestOutput]) -> None:
     for mailbox in mailboxes:
         mailbox.notify()
-
-
-# --- The sampler, inside a step -------------------------------------------------------------------
-
-
-class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
-    """chatglm.sampling as the one logits processor of the batch: a row per sequence.
-
-    It gives the chosen token log-probability 0 and all others minus infinity, so the library's
-    argmax takes it. A row with a NaN or infinity is marked by NaN, which reaches that sequence
-    alone, as its token's log-probability. The settings travel in an int32 tensor [5, rows] that
-    the library owns, because a CUDA graph replays with what lies there. Floats are stored in it
-    bit for bit.
-    """
-
-    FLOATS = ("temperature", "top_p", "repetition_penalty")
-    # Of the library's own requests, with which it captures CUDA graphs at start-up.
-    NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0}
-
-    def __init__(self, vocab_size: int, max_running: int, device: torch.device) -> None:
-        super().__init__(LogitsProcessorList())
-        self.supported_keys = {**dict.fromkeys(self.FLOATS, float), "seed": int}
-        self.tensors_required = len(self.FLOATS) + 2  # and the seed, and the position
-        self.do_processing = True
-        self.seen = torch.zeros(max_running, vocab_size, dtype=torch.bool, device=device)
-        self.penalising = False  # whether a row of this step has a penalty; not for CUDA graphs
-
-    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(
-        self, requests_in_batch: list, arg_storage: torch.Tensor
-    ) -> torch.Tensor:
-        states = [request.state for request in requests_in_batch if request.has_new_token]
-        settings = [self.NEUTRAL | state.logit_processor_kwargs for state in states]
-        floats = torch.tensor([[s[name] for s in settings] for name in self.FLOATS])
-        # position_offset already counts the tokens of this step.
-        seeds_and_positions = [
-            [s["seed"] for s in settings],
-            [state.position_offset for state in states],
-        ]
-        # A seed has 32 bits and no sign: int64 first, then the lower half of it.
-        integers = torch.tensor(seeds_and_positions, dtype=torch.int64).to(torch.int32)
-        # One copy to the device: each copy of ordinary memory waits for the one before.
-        rows = torch.zeros(self.tensors_required, len(requests_in_batch), dtype=torch.int32)
-        rows[:3, : len(states)] = floats.view(torch.int32)
-        rows[3:, : len(states)] = integers
-        arg_storage[:, : len(requests_in_batch)] = rows
-        self.penalising = any(s["repetition_penalty"] != 1.0 for s in settings)
-        for row, (state, asked) in enumerate(zip(states, settings)):
-            if asked["repetition_penalty"] != 1.0:
-                self.seen[row] = self._seen_by(state)
-        return arg_storage
-
-    def _seen_by(self, state) -> torch.Tensor:
-        """The tokens of prompt and answer, [V]. Kept with the request's settings, so that it is
-        freed with the request."""
-        seen = state.logit_processor_kwargs.get("seen")
-        if seen is None:
-            seen = torch.zeros(self.seen.shape[1], dtype=torch.bool, device=self.seen.device)
-            seen[torch.tensor(state.initial_tokens, device=seen.device)] = True
-            state.logit_processor_kwargs["seen"] = seen
-        if state.generated_tokens:
-            seen[state.generated_tokens[-1]] = True
-        return seen
-
-    def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, args: torch.Tensor
-    ) -> torch.Tensor:
-        temperature, top_p, penalty = args[:3].view(torch.float32)
-        seed, position = args[3:].long()
-        if self.penalising or not can_branch(scores.device):
-            penalty = torch.where(penalty > 0, penalty, 1.0)  # rows that only prefill have 0
-            scores = penalise(scores, self.seen[: len(scores)], penalty)
-        token = choose(scores, temperature, top_p, seed & 0xFFFFFFFF, position)
-        # A sum is finite if all its terms are. Ten times faster than `isfinite` on every element.
-        mark = torch.where(torch.isfinite(scores.sum(dim=-1)), 0.0, torch.nan)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], mark[:, None])

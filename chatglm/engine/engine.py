@@ -28,12 +28,14 @@ from torch.utils.hooks import RemovableHandle
 from chatglm.engine.admission import AdmissionQueue
 from chatglm.engine.batch import Batch
 from chatglm.engine.sequence import Chunk, LatestOutput, Output, RequestStats, Sequence
-from chatglm.errors import EngineError
+from chatglm.errors import EngineError, InvalidField
 from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
-from chatglm.sampling import DEFAULT_MAX_LENGTH, SamplingParams, check_room
+from chatglm.sampling import SamplingParams, check_room
+from chatglm.text.continuation import HIDDEN_TOKENS, encode_begun, hidden_tokens
 from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.messages import count_characters, extend_history, to_messages
+from chatglm.text.tools import published_response, tool_names
 
 logger = logging.getLogger("chatglm")
 
@@ -135,29 +137,40 @@ class Engine:
     ) -> Sequence:
         """Checks and tokenises. Any thread may call it.
 
-        Without any limit in `params`, `max_length` is DEFAULT_MAX_LENGTH. The answer continues
-        `forced_prefix`, such as the name of a tool that must be called. Raises PromptTooLong if
+        Without any limit in `params`, the answer may fill the context. It continues
+        `forced_prefix`, such as the name of a tool that must be called, or the last message, if
+        that is the assistant's. Raises PromptTooLong if
         no token is left for the answer, and ValueError for messages that cannot be encoded.
         """
         params = params or SamplingParams()
-        context, max_length = self.max_request_tokens, params.max_length
-        if max_length is None:
-            max_length = DEFAULT_MAX_LENGTH if params.max_new_tokens is None else context
+        if params.logprobs is not None and self._batch and not self._batch.offers_logprobs:
+            raise InvalidField("logprobs", "are not available with CUDA graphs; leave it out")
+        for token, _ in params.logit_bias:
+            if not 0 <= token < self.model.config.vocab_size:
+                raise InvalidField("logit_bias", f"names {token}, which is no token of this model")
+        context = self.max_request_tokens
+        max_length = context if params.max_length is None else params.max_length
         # A long text that cannot fit is not tokenised: that would take time and memory.
         longest = self.tokenizer.longest_token
         most = max(ALWAYS_COUNTED, min(max_length, context) * longest)
         characters = count_characters(messages, most)
         if characters > most:
             check_room(characters // longest, max_length, context, exact=False)
-        input_ids = self.tokenizer.encode_chat(messages)
-        if forced_prefix:
-            input_ids += self.tokenizer.encode(forced_prefix)
+        begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+        if begun:
+            input_ids, between = encode_begun(self.tokenizer, messages)
+            forced_prefix = between + begun
+        else:
+            input_ids = self.tokenizer.encode_chat(messages)
+            input_ids += self.tokenizer.encode(forced_prefix) if forced_prefix else []
         max_new_tokens = check_room(len(input_ids), max_length, context)
         if params.max_new_tokens is not None:
             max_new_tokens = min(max_new_tokens, params.max_new_tokens)
+        if params.max_visible_tokens is not None:
+            max_new_tokens = min(max_new_tokens, params.max_visible_tokens + HIDDEN_TOKENS)
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(32))
-        return Sequence(input_ids, max_new_tokens, params, forced_prefix)
+        return Sequence(input_ids, max_new_tokens, params, forced_prefix, len(begun.lstrip()))
 
     async def submit(self, sequence: Sequence, client: str = "") -> AsyncGenerator[Chunk, None]:
         """Queues it, and returns the chunks of its answer. Raises QueueFull, or EngineError.
@@ -183,11 +196,15 @@ class Engine:
 
     async def stream_chat(
         self, prompt: str, history: list | None = None, **params
-    ) -> AsyncGenerator[tuple[str, list], None]:
+    ) -> AsyncGenerator[tuple[str | dict, list], None]:
         """(text so far, history with it), as the published `stream_chat`, for many at once."""
-        async with aclosing(self.generate(to_messages(prompt, history), **params)) as chunks:
+        messages = to_messages(prompt, history)
+        names = tool_names(messages)
+        async with aclosing(self.generate(messages, **params)) as chunks:
             async for chunk in chunks:
-                yield chunk.text, extend_history(history, prompt, chunk.text)
+                called = names if chunk.finish_reason else []  # only a whole call can be read
+                response, metadata, content = published_response(chunk.raw, chunk.text, called)
+                yield response, extend_history(history, prompt, content, metadata=metadata)
 
     async def _run(self, sequence: Sequence) -> AsyncGenerator[Chunk, None]:
         self._keep_running()
@@ -195,6 +212,8 @@ class Engine:
         try:
             yield Chunk("", "", 0, 0)  # queued; `submit` takes this one
             detokenizer = self.tokenizer.detokenizer()
+            if sequence.begun_length:  # else a space at the beginning would be dropped
+                detokenizer.push([self.tokenizer.anchor])
             while sequence.stats.finish_reason is None:
                 yield self._chunk(sequence, await sequence.latest.next(), detokenizer)
         except EngineError as error:
@@ -209,7 +228,9 @@ class Engine:
     def _enqueue(self, sequence: Sequence) -> None:
         assert self._batch is not None
         sequence.request_id = f"request-{next(self._request_numbers)}"
-        sequence.stats = RequestStats(sequence.request_id, len(sequence.input_ids))
+        sequence.stats = RequestStats(
+            sequence.request_id, len(sequence.input_ids), sequence.trace_id
+        )
         # The place is given back with the last token, even if its reader has stopped reading.
         sequence.latest = LatestOutput(lambda: self._admission.release(sequence))
         tokens = len(sequence.input_ids) + sequence.max_new_tokens
@@ -249,16 +270,27 @@ class Engine:
             logger.error("%s: %s", sequence.request_id, output.error)
             self._keep_running()  # if it was the model thread that died
             raise EngineError("the model failed; the answer is broken off")
-        stats, tokens = sequence.stats, output.token_ids
+        stats, params = sequence.stats, sequence.params
+        tokens, is_finished = output.token_ids, output.is_finished
+        if stats.hidden_tokens is None:
+            stats.hidden_tokens = hidden_tokens(self.tokenizer, sequence, tokens)
+        hidden = stats.hidden_tokens
+        if hidden is not None and params.max_visible_tokens is not None:
+            limit = hidden + params.max_visible_tokens
+            tokens, is_finished = tokens[:limit], is_finished or len(tokens) >= limit
         stopped = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
         detokenizer.push(tokens[stats.completion_tokens : len(tokens) - stopped])
         stats.record(len(tokens))
-        if output.is_finished:
+        if is_finished:
             stats.finish_reason = "stop" if stopped else "length"
-        text = detokenizer.finish() if output.is_finished else detokenizer.text
+        text = detokenizer.finish() if is_finished else detokenizer.text
+        if sequence.begun_length:
+            text = text[len(self.tokenizer.decode([self.tokenizer.anchor])) :]
         raw = sequence.forced_prefix + text
-        visible = self.tokenizer.visible(raw, finished=output.is_finished)
-        return Chunk(visible, raw, stats.prompt_tokens, len(tokens), stats.finish_reason)
+        visible = self.tokenizer.visible(raw, finished=is_finished)[sequence.begun_length :]
+        logprobs = sequence.logprobs_of(range(hidden or 0, len(tokens) - stopped))
+        counts = stats.prompt_tokens, len(tokens)
+        return Chunk(visible, raw, *counts, stats.finish_reason, hidden or 0, logprobs)
 
     def _keep_running(self) -> None:
         """Starts the model thread if it is not, or no longer, alive."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from chatglm.errors import EngineError
-from chatglm.sampling import SamplingParams
+from chatglm.sampling import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from chatglm.engine.batch import Batch
@@ -27,6 +27,8 @@ class Chunk:
     prompt_tokens: int
     completion_tokens: int
     finish_reason: str | None = None  # "stop" or "length" in the last chunk
+    hidden_tokens: int = 0  # of these, before the first that a user sees
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of what a user sees, if asked for
 
 
 class Output(NamedTuple):
@@ -48,6 +50,9 @@ class Sequence:
     max_new_tokens: int
     params: SamplingParams  # with a seed
     forced_prefix: str = ""  # the answer begins with this text; it is not generated
+    begun_length: int = 0  # characters at its beginning that the client knows, having begun it
+
+    trace_id: str = field(default="", init=False)  # what the client calls it, for the log
 
     # Set when the engine takes the request.
     request_id: str = field(default="", init=False)
@@ -60,6 +65,22 @@ class Sequence:
     batch: Batch | None = field(default=None, init=False)
     batch_id: str = field(default="", init=False)  # its name there, a new one after each pause
     resumed_ids: list[int] = field(default_factory=list, init=False)  # tokens made before a pause
+    # Written by the model thread, if they were asked for, before it reports the token.
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict, init=False)  # by position
+
+    def logprobs_of(self, tokens: range) -> list[TokenLogprob]:
+        """Of these tokens of the answer, if they were asked for."""
+        if self.params.logprobs is None:
+            return []
+        return [self.logprobs[len(self.input_ids) + number] for number in tokens]
+
+    def again(self, number: int) -> Sequence:
+        """The same request for another answer: its seed is `number` further."""
+        seed = ((self.params.seed or 0) + number) % 2**32
+        params = replace(self.params, seed=seed)
+        other = replace(self, params=params)  # which leaves out what is not set at first
+        other.trace_id = self.trace_id
+        return other
 
 
 class LatestOutput:
@@ -139,9 +160,11 @@ class LatestOutput:
 class RequestStats:
     """Counts and times of one request, for its line in the log."""
 
-    def __init__(self, request_id: str, prompt_tokens: int) -> None:
-        self.request_id, self.prompt_tokens, self.completion_tokens = request_id, prompt_tokens, 0
+    def __init__(self, request_id: str, prompt_tokens: int, trace_id: str = "") -> None:
+        self.request_id, self.trace_id = request_id, trace_id
+        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
         self.finish_reason: str | None = None  # None: the reader disconnected
+        self.hidden_tokens: int | None = None  # before the first visible one; None: not yet known
         self.arrived = self.first_token = self.last_token = time.perf_counter()
 
     def record(self, completion_tokens: int) -> None:
@@ -155,7 +178,8 @@ class RequestStats:
         ended = words.get(self.finish_reason, self.finish_reason)
         seconds = self.last_token - self.first_token
         speed = (self.completion_tokens - 1) / seconds if seconds > 0 else 0
+        trace = f", X-Request-Id {self.trace_id}" if self.trace_id else ""
         return (
             f"{self.request_id}: {ended}, {self.prompt_tokens} + {self.completion_tokens} tokens, "
-            f"first after {self.first_token - self.arrived:.2f} s, {speed:.0f} tokens/s"
+            f"first after {self.first_token - self.arrived:.2f} s, {speed:.0f} tokens/s{trace}"
         )

@@ -130,14 +130,18 @@ def count_characters(messages: list[dict], limit: int) -> int:
     return total
 
 
-def extend_history(history: list | None, prompt: str, response: str, role: str = "user") -> list:
-    """`history` with this turn added, in the form it came in (pairs when it was empty)."""
+def extend_history(
+    history: list | None, prompt: str, response: str, role: str = "user", metadata: str = ""
+) -> list:
+    """`history` with this turn added, in the form it came in (pairs when it was empty). `metadata`
+    is the name of the tool that the response calls."""
     history = list(history or [])
     if history and isinstance(history[0], dict):
-        metadata = {"metadata": ""} if any("metadata" in turn for turn in history) else {}
+        has_metadata = metadata or any("metadata" in turn for turn in history)
+        added = {"metadata": metadata} if has_metadata else {}
         return [
             *history,
             {"role": role, "content": prompt},
-            {"role": "assistant", **metadata, "content": response},
+            {"role": "assistant", **added, "content": response},
         ]
     return [*history, [prompt, response]]

@@ -99,3 +99,22 @@ def may_be_call(raw: str, names: Collection[str]) -> bool:
         return any(known.startswith(name) for known in names)
     content = content.lstrip()
     return name.strip() in names and (content[:1] == "{" or content[:3] == "```"[: len(content)])
+
+
+def published_response(raw: str, text: str, names: list[str]) -> tuple[str | dict, str, str]:
+    """As the published `model.chat` gives it: the text, or a call's name and parameters. Besides,
+    the metadata and the content that its message in the history has."""
+    call = read_call(raw, names)
+    if call is None:
+        return text, "", text
+    parameters = json.loads(call.arguments)
+    content = raw.partition("\n")[2].strip()
+    return {"name": call.name, "parameters": parameters}, call.name, content
+
+
+def tool_names(messages: list) -> list[str]:
+    """Of the tools that a history's system message declares, in either published form."""
+    first = messages[0] if messages else None
+    tools = first.get("tools") if isinstance(first, dict) else None
+    described = [tool.get("function", tool) for tool in tools or [] if isinstance(tool, dict)]
+    return [tool["name"] for tool in described if isinstance(tool.get("name"), str)]

@@ -1,0 +1,84 @@
+"""What only some rows of a step ask for: biases of their scores, and log-probabilities.
+
+Rows that do not ask cost nothing, but on a GPU, where a CUDA graph does the same in every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from chatglm.engine.sequence import Sequence
+from chatglm.sampling import Bias, SamplingParams, TokenLogprob
+
+
+class RowExtras:
+    """Used by the model thread: `prepare`, then in the step `add_biases` and `record`.
+
+    `states` are the library's, a row each; `sequences` are those of the batch, by batch_id.
+    """
+
+    KEYS = {"has_bias": bool, "has_logprobs": bool}  # what a state says of itself
+
+    def __init__(
+        self, vocab_size: int, max_rows: int, device: torch.device, sequences: dict[str, Sequence]
+    ) -> None:
+        self.vocab_size, self.device, self.sequences = vocab_size, device, sequences
+        self.biased: list[tuple[int, torch.Tensor]] = []  # row, what is added to its scores [V]
+        self.recorded: list[tuple[int, int, Sequence]] = []  # row, position, whose it is
+        self.graph_biases = None  # [rows, V]
+        if device.type != "cpu":
+            self.graph_biases = torch.zeros(max_rows, vocab_size, device=device)
+
+    def prepare(self, states: list[Any]) -> None:
+        if self.graph_biases is not None:
+            for row, _ in self.biased:
+                self.graph_biases[row] = 0
+        self.biased = [
+            (row, self._bias_of(state))
+            for row, state in enumerate(states)
+            if state.logit_processor_kwargs.get("has_bias")
+        ]
+        if self.graph_biases is not None:
+            for row, bias in self.biased:
+                self.graph_biases[row] = bias
+        self.recorded = [
+            (row, state.position_offset, self.sequences[state.request_id])
+            for row, state in enumerate(states)
+            if state.logit_processor_kwargs.get("has_logprobs")
+            and state.request_id in self.sequences
+        ]
+
+    def _bias_of(self, state: Any) -> torch.Tensor:
+        """Kept with the request's settings, so that it is freed with the request."""
+        kept, sequence = state.logit_processor_kwargs, self.sequences.get(state.request_id)
+        if "bias" not in kept:
+            if sequence is None:  # it was removed a moment ago
+                return torch.zeros(self.vocab_size, device=self.device)
+            kept["bias"] = Bias(sequence.params, self.vocab_size, self.device)
+            kept["bias"].count(sequence.resumed_ids)
+        kept["bias"].count(state.generated_tokens[-1:])
+        return kept["bias"].values
+
+    def add_biases(self, scores: torch.Tensor) -> torch.Tensor:
+        if self.graph_biases is not None:
+            return scores + self.graph_biases[: len(scores)]
+        if self.biased:
+            scores = scores.clone()
+        for row, bias in self.biased:
+            scores[row] += bias
+        return scores
+
+    def record(self, scores: torch.Tensor, token: torch.Tensor) -> None:
+        """Keeps the log-probabilities of what was chosen, `token` [n], by the network's own
+        `scores` [n, V]."""
+        for row, position, sequence in self.recorded:
+            logprobs = scores[row].log_softmax(dim=-1)
+            sequence.logprobs[position] = recorded(int(token[row]), logprobs, sequence.params)
+
+
+def recorded(token: int, logprobs: torch.Tensor, params: SamplingParams) -> TokenLogprob:
+    likeliest = logprobs.topk(params.logprobs or 0)
+    alternatives = list(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
+    return TokenLogprob(token, float(logprobs[token]), alternatives)

@@ -1,0 +1,48 @@
+"""Where the part of an answer begins that its reader has not seen: behind what the client has begun
+itself (a last message of the assistant), and behind what the chat format hides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chatglm.text.detokenizer import REPLACEMENT
+
+if TYPE_CHECKING:
+    from chatglm.engine.sequence import Sequence
+    from chatglm.text.tokenizer import Tokenizer
+
+# Room for what stands before the first visible token, such as ChatGLM3's metadata line.
+HIDDEN_TOKENS = 32
+
+
+def encode_begun(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], str]:
+    """The ids of a conversation up to where the last message, the assistant's, breaks off; and what
+    the chat format writes between the assistant's role and that message.
+
+    >>> encode_begun(chatglm3_tokenizer, [..., {"role": "assistant", "content": "One, two,"}])[1]
+    '\\n'
+    """
+    begun = messages[-1]["content"]
+    prompt, content = tokenizer.encode_chat(messages[:-1]), tokenizer.encode(begun)
+    # With another message behind it, the begun answer is written as a whole one would be.
+    whole = tokenizer.encode_chat([*messages, {"role": "user", "content": "?"}])
+    written = whole[len(prompt) :]
+    if whole[: len(prompt)] == prompt:
+        for start in range(min(8, len(written))):
+            if written[start : start + len(content)] == content:
+                between = written[:start]
+                return prompt + between + content, tokenizer.decode(between)
+    return prompt + content, ""  # the format encodes both together, so that their tokens differ
+
+
+def hidden_tokens(tokenizer: Tokenizer, sequence: Sequence, tokens: list[int]) -> int | None:
+    """How many tokens stand before the first with visible text, or None if there is none yet. They
+    do not count for `max_visible_tokens`: a gateway tests a connection with one."""
+    anchor = [tokenizer.anchor] if sequence.begun_length else []
+    skipped = len(tokenizer.decode(anchor)) if anchor else 0
+    for number in range(1, min(len(tokens), HIDDEN_TOKENS + 1) + 1):
+        text = tokenizer.decode(anchor + tokens[:number])[skipped:]
+        raw = sequence.forced_prefix + text.rstrip(REPLACEMENT)
+        if len(tokenizer.visible(raw, finished=False)) > sequence.begun_length:
+            return number - 1
+    return HIDDEN_TOKENS if len(tokens) > HIDDEN_TOKENS else None

@@ -1,0 +1,126 @@
+"""An answer as each protocol shows it: up to a stop sequence, and with the model's calls of tools.
+
+`visible` is for `POST /` and `/stream`, `deltas` and `merged` for `/v1`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from chatglm import Chunk
+from chatglm.sampling import TokenLogprob
+from chatglm.text.tools import ToolCall, may_be_call, read_call, tool_names
+from server.admission import Admitted, Body
+from server.stops import StopSearch
+
+
+def shown(admitted: Admitted[Body]) -> tuple[Body, AsyncGenerator[Chunk, None]]:
+    """The body of a request to `POST /` or `/stream`, and its answer as these show it."""
+    body = admitted.body
+    return body, visible(admitted.chunks, tool_names(getattr(body, "history", [])), body.stops)
+
+
+async def visible(
+    chunks: AsyncGenerator[Chunk, None], names: list[str], stops: list[str]
+) -> AsyncGenerator[Chunk, None]:
+    """The chunks up to a stop sequence. A call of one of `names` comes at once, in the model's own
+    form: the name, a line end, the arguments."""
+    search = StopSearch(stops)
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            ended = chunk.finish_reason is not None
+            if not ended and names and may_be_call(chunk.raw, names):
+                continue
+            if ended and (call := read_call(chunk.raw, names)):
+                written = chunk.raw.partition("\n")[2].strip()
+                yield replace(chunk, text=f"{call.name}\n{written}")
+                return
+            text, stopped = search.before_stop(chunk.text, ended)
+            yield replace(
+                chunk, text=text, finish_reason="stop" if stopped else chunk.finish_reason
+            )
+            if stopped:
+                return
+
+
+class Delta(NamedTuple):
+    """What is new in an answer: text, or a call."""
+
+    text: str
+    call: ToolCall | None
+    finish_reason: str | None
+    chunk: Chunk
+    logprobs: list[TokenLogprob] = []
+
+
+async def deltas(
+    chunks: AsyncGenerator[Chunk, None], names: list[str], stops: list[str]
+) -> AsyncGenerator[Delta, None]:
+    """Text as it comes, up to a stop sequence; a call of one of `names` once it is complete. The
+    last one has a `finish_reason`."""
+    sent, told, search = 0, 0, StopSearch(stops)  # characters, and log-probabilities
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            reason = chunk.finish_reason
+            if not reason and names and may_be_call(chunk.raw, names):
+                continue
+            if reason and (call := read_call(chunk.raw, names)):
+                yield Delta("", call, "tool_calls", chunk, chunk.logprobs[told:])
+                return
+            text, stopped = search.before_stop(chunk.text, ended=reason is not None)
+            reason = "stop" if stopped else reason
+            if len(text) > sent or reason:
+                yield Delta(text[sent:], None, reason, chunk, chunk.logprobs[told:])
+                sent, told = len(text), len(chunk.logprobs)
+            if reason:
+                return
+
+
+async def merged(
+    answers: list[AsyncGenerator[Delta, None]],
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    """The deltas of several answers as they come, each with the number of its answer."""
+    coming = {asyncio.ensure_future(anext(each, None)): i for i, each in enumerate(answers)}
+    try:
+        while coming:
+            done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                i = coming.pop(task)
+                if (delta := task.result()) is not None:
+                    coming[asyncio.ensure_future(anext(answers[i], None))] = i
+                    yield i, delta
+    finally:
+        for task in coming:
+            task.cancel()
+        await asyncio.gather(*coming, return_exceptions=True)
+        for each in answers:
+            await each.aclose()
+
+
+def logprobs_object(tokenizer: Any, logprobs: list[TokenLogprob]) -> dict:
+    """OpenAI's form: text, log-probability and UTF-8 of each token, with its alternatives."""
+
+    def described(token: int, logprob: float) -> dict:
+        text = text_of_token(tokenizer, token)
+        # A token may be a part of a character: it has no text of its own.
+        in_bytes = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": in_bytes}
+
+    content = [
+        {
+            **described(each.token, each.logprob),
+            "top_logprobs": [described(*other) for other in each.alternatives],
+        }
+        for each in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def text_of_token(tokenizer: Any, token: int) -> str:
+    """Its text behind another token: at the beginning, decoders drop a space."""
+    anchor = tokenizer.decode([tokenizer.anchor])
+    return str(tokenizer.decode([tokenizer.anchor, token]))[len(anchor) :]

@@ -1,0 +1,113 @@
+"""HTTP/1.1 as clients really speak it, where uvicorn's protocol for httptools falls short.
+
+- `Upgrade: h2c` (Java's HttpClient, `curl --http2`) offers another protocol. A server may go on in
+  HTTP/1.1, but httptools takes what follows, the body, for that other protocol's.
+- A client of HTTP/1.0 (`ab`, old proxies) knows no chunks: its answer ends with the connection.
+
+uvicorn's other parser, h11, has neither fault; it is several times slower.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http import httptools_impl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+
+class Parser:
+    """httptools' parser, for which an offer to upgrade is a header like any other.
+
+    The parser cannot be told to go on, so a request with such an offer is read twice: its head is
+    written out again, without the offer, and put in front of the bytes that follow.
+    """
+
+    def __init__(self, protocol: HttpToolsProtocol) -> None:
+        self.protocol = protocol
+        self.start()
+
+    def start(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.get_method = self.parser.get_method
+        self.get_http_version = self.parser.get_http_version
+        self.should_keep_alive = self.parser.should_keep_alive
+        self.should_upgrade = self.parser.should_upgrade
+
+    def feed_data(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if not self.has_offer:  # CONNECT
+                raise
+            version = self.get_http_version().encode()
+            first_line = self.get_method() + b" " + self.url + b" HTTP/" + version + b"\r\n"
+            head = first_line + b"".join(self.head) + b"\r\n"
+            self.start()
+            self.parser.feed_data(head)
+            self.feed_data(data[upgrade.args[0] :])  # perhaps with a further request
+
+    # What the parser calls
+
+    def on_message_begin(self) -> None:
+        self.head: list[bytes] = []
+        self.url, self.has_offer = b"", False
+        self.protocol.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+        self.protocol.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"upgrade":
+            self.has_offer = True
+        else:
+            self.head.append(name + b": " + value + b"\r\n")
+            self.protocol.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if not self.is_read_again:
+            self.protocol.on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self.protocol.on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self.is_read_again:
+            self.protocol.on_message_complete()
+
+    @property
+    def is_read_again(self) -> bool:
+        return self.has_offer and self.should_upgrade()
+
+
+class Cycle(RequestResponseCycle):
+    """A request and its answer, which has no chunks if the client speaks HTTP/1.0."""
+
+    is_unframed = False
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", [])}
+            self.is_unframed = (
+                self.scope["http_version"] == "1.0" and b"content-length" not in names
+            )
+            if self.is_unframed:
+                self.chunked_encoding = False
+        elif self.is_unframed:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
+
+
+def connection_made(self: HttpToolsProtocol, transport: asyncio.Transport) -> None:
+    uvicorns_own(self, transport)
+    setattr(self, "parser", Parser(self))
+
+
+# Into uvicorn's own class, not a subclass: `uvicorn api:app` has chosen its protocol by the time
+# that it imports the app, and would go on without.
+uvicorns_own = HttpToolsProtocol.connection_made
+setattr(HttpToolsProtocol, "connection_made", connection_made)
+setattr(httptools_impl, "RequestResponseCycle", Cycle)

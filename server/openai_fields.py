@@ -1,0 +1,97 @@
+"""OpenAI's fields beyond those that are served: refused by name, ignored, or as good as absent.
+
+Format: https://platform.openai.com/docs/api-reference/chat/create. The names that are not OpenAI's
+are those of other servers (vLLM, SGLang, llama.cpp, transformers), which their clients send.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chatglm import InvalidField
+from chatglm.errors import preview
+
+# What would change the answer and is not supported, with the values that ask for nothing.
+UNSUPPORTED: dict[str, list[Any]] = {
+    "functions": [[]],
+    "function_call": ["auto", "none", {}],
+    "response_format": [{"type": "text"}],
+    "modalities": [["text"]],
+    "audio": [{}],
+    "web_search_options": [],
+    "prediction": [{}],
+    "guided_json": ["", {}],
+    "guided_regex": [""],
+    "guided_choice": ["", []],
+    "guided_grammar": [""],
+    "structured_outputs": [{}],
+    "structural_tag": ["", {}],
+    "json_schema": ["", {}],
+    "grammar": [""],
+    "regex": [""],
+    "ebnf": [""],
+    "bad_words": [[]],
+    "bad_words_ids": [[]],
+    "stop_token_ids": [[]],
+    "allowed_token_ids": [[]],
+    "num_beams": [0, 1],
+    "use_beam_search": [False],
+    "best_of": [0, 1],
+    "length_penalty": [0, 1],
+    "min_tokens": [0],
+    "ignore_eos": [False],
+    "echo": [False],
+    "suffix": [""],
+    "prompt_logprobs": [0, False],
+    "typical_p": [0, 1],
+    "mirostat": [0],
+    "no_repeat_ngram_size": [0],
+}
+ADVICE = {"functions": "use tools", "function_call": "use tool_choice"}
+
+# What changes nothing here: it is about accounts, storage and speed, or says what is so anyway.
+IGNORED = frozenset(
+    "model user metadata store service_tier safety_identifier prompt_cache_key "
+    "prompt_cache_retention parallel_tool_calls reasoning_effort verbosity stream_options "
+    "do_sample skip_special_tokens include_stop_str_in_output chat_template_kwargs "
+    "add_generation_prompt continue_final_message tags".split()
+)
+
+# Real programs send these where their user has set nothing. They count as absent.
+NOT_SET: dict[str, list[Any]] = {
+    "seed": [-1],
+    "max_tokens": [-1, 0],
+    "max_completion_tokens": [-1, 0],
+    "n": [0, -1],
+    "top_k": [-1, 0],
+    "min_p": [-1],
+    "repetition_penalty": [0],
+    "logprobs": [0],
+    "top_logprobs": [-1, 0],
+    "logit_bias": ["", []],
+    "stop": [""],
+    "stream_options": ["", []],
+    "tools": ["", {}],
+    "tool_choice": ["", {}],
+    "response_format": ["", {}, {"type": ""}, {"type": None}],
+}
+
+
+def without_unset(fields: object) -> object:
+    """The fields of a request that say something."""
+    if not isinstance(fields, dict):
+        return fields
+    return {name: value for name, value in fields.items() if not is_unset(name, value)}
+
+
+def is_unset(name: str, value: object) -> bool:
+    # `True == 1` and `-1.0 == -1` in Python; here, types count.
+    return any(type(value) is type(none) and value == none for none in NOT_SET.get(name, []))
+
+
+def refuse_unsupported(fields: dict[str, Any]) -> None:
+    """Raises InvalidField for the first of `fields` that asks for what is not supported."""
+    for field, value in fields.items():
+        if field in UNSUPPORTED and value not in UNSUPPORTED[field]:
+            advice = ADVICE.get(field, "leave it out")
+            raise InvalidField(field, f"{preview(value)} is not supported; {advice}")
