@@ -9,8 +9,8 @@ client.py, generate.py, sampling.py, text/messages.py, text/tokenizer.py, text/r
 text/detokenizer.py, engine/engine.py, engine/sequence.py, engine/admission.py. Second:
 engine/batch.py, engine/sampler.py, engine/rows.py, text/continuation.py, errors.py, server/,
 text/tools.py. Third: checkpoint/, hardware/, engine/cpu_attention.py, engine/prefix_attention.py,
-engine/contexts.py, engine/cpu_glm.py, engine/cpu_cache.py, text/template.py, text/glm4.py,
-text/chatglm1.py, tiny/.
+engine/contexts.py, engine/cpu_glm.py, engine/cpu_cache.py, text/time_limit.py, text/template.py,
+text/glm4.py, text/chatglm1.py, tiny/.
 """
 
 from chatglm.checkpoint.load import load

@@ -6,6 +6,7 @@ pytest tests/test_strangers.py
 import asyncio
 import json
 import logging
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import chatglm
 from api import Chat
 from chatglm.checkpoint.files import is_whole
 from chatglm.text.template import TemplateTokenizer
+from chatglm.text.time_limit import time_limit
 from chatglm.text.tokenizer import is_tool_name
 from server.clients import network_of
 from server.connections import FOR_OTHERS
@@ -551,6 +553,56 @@ def test_whatever_a_chat_template_raises_is_a_refusal(template):
     plain.chat_template = template
     with pytest.raises(ValueError, match="chat template"):
         TemplateTokenizer(plain, [0]).encode_chat([{"role": "user", "content": "hi"}])
+
+
+ENDLESS_TEMPLATE = "{% for i in range(9999) %}" * 3 + "{% endfor %}" * 3
+
+
+@pytest.mark.parametrize(
+    "template",
+    [ENDLESS_TEMPLATE, "{% if messages[0].content != '?' %}" + ENDLESS_TEMPLATE + "{% endif %}"],
+)
+def test_a_chat_template_that_does_not_end_is_stopped(monkeypatch, template):
+    """At start, or if that is harmless, at the first question; the thread is free again."""
+    monkeypatch.setattr(TemplateTokenizer, "time_limit", 0.5)
+    plain = byte_tokenizer()
+    plain.chat_template = template
+    with pytest.raises(ValueError, match="the chat template takes over 0.5 s"):
+        TemplateTokenizer(plain, [0]).encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_time_limit_never_reaches_what_comes_after():
+    stopped = 0
+    for _ in range(200):
+        try:
+            with time_limit(0.002):
+                end = time.monotonic() + 0.002
+                while time.monotonic() < end:
+                    pass
+        except TimeoutError:
+            stopped += 1
+        sum(range(20_000))  # it would be raised here
+    assert 0 < stopped
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("num_layers", 10**9),
+        ("seq_length", 10**15),
+        ("hidden_size", 10**12),
+        ("padded_vocab_size", 2**62),
+        ("ffn_hidden_size", 2**40),
+        ("kv_channels", 10**18),
+    ],
+)
+def test_sizes_that_no_memory_holds_are_refused_at_once(tmp_path, field, value):
+    folder = tmp_path / "foreign"
+    shutil.copytree(HERE / "chatglm" / "tiny", folder, ignore=shutil.ignore_patterns("*.py"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, field: value}), "utf-8")
+    with pytest.raises(ValueError, match="config.json|GiB|cannot be divided|hidden_size"):
+        chatglm.load(folder)
 
 
 def test_a_line_of_spaces_is_seen_in_time_to_be_no_name():

@@ -13,6 +13,8 @@ from chatglm.hardware.cpu_linear import PackedLinear
 from chatglm.hardware.device import GIB, free_memory
 from chatglm.hardware.tensor_parallel import check_divisible, is_sharded
 
+# Published models have 80 layers at most, and contexts of 2**20 tokens.
+LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 2**24}
 STORED = torch.float16  # of the embedding, which a CPU keeps as the file has it
 
 
@@ -27,9 +29,15 @@ def check_memory(
     """Raises ValueError if the weights alone are more than the device has free, with the choices
     that fit."""
 
+    check_sizes(config)
+
     def needed(kind: str | None, dtype: torch.dtype) -> int:
-        with torch.device("meta"):  # shapes only, nothing is allocated
-            skeleton = model_class(config)
+        try:
+            with torch.device("meta"):  # shapes only, nothing is allocated
+                skeleton = model_class(config)
+        except (RuntimeError, TypeError, ArithmeticError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"no network has the sizes in config.json: {reason}") from error
         if devices == 1:
             return needed_bytes(skeleton, kind, dtype, device)
         check_divisible(skeleton, devices)
@@ -55,6 +63,14 @@ def check_memory(
         f"the weights take {wanted / GIB:.1f} GiB in {quantize or str(dtype)[6:]}, but {device} "
         f"has {free / GIB:.1f} GiB free; close other programs, or {advice}"
     )
+
+
+def check_sizes(config) -> None:
+    """Raises ValueError for sizes with which even a network of shapes alone would take for ever."""
+    for field, largest in LARGEST.items():
+        value = getattr(config, field, None)
+        if type(value) is int and not 0 < value <= largest:
+            raise ValueError(f"config.json: {field} is {value}; it must be from 1 to {largest}")
 
 
 def needed_bytes(

@@ -10,6 +10,7 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 from chatglm.text.detokenizer import Detokenizer
+from chatglm.text.time_limit import time_limit
 from chatglm.text.tokenizer import fill_in_year, without_metadata
 from chatglm.text.tools import INTRODUCTION
 
@@ -26,6 +27,7 @@ class TemplateTokenizer:
     """
 
     chat_format = "template"
+    time_limit = 10.0  # seconds in which a template must have written a conversation
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], encodes_apart: bool = False
@@ -43,6 +45,7 @@ class TemplateTokenizer:
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._cut = CUT if encodes_apart else ""
         self._read_template(str(tokenizer.chat_template), names)
+        self.encode_chat([{"role": "user", "content": "?"}])  # else it is of no use: it raises
 
     def _read_template(self, template: str, names: list[str]) -> None:
         """What this template expects of a conversation, told by the words in it."""
@@ -121,12 +124,15 @@ class TemplateTokenizer:
 
     def _render(self, messages: list[dict], tools: list | None) -> str:
         try:
-            text = self.hf.apply_chat_template(
-                messages,
-                tools=None if self._tools_in_message else tools,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
+            with time_limit(self.time_limit):
+                text = self.hf.apply_chat_template(
+                    messages,
+                    tools=None if self._tools_in_message else tools,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+        except TimeoutError as error:
+            raise ValueError(f"the chat template takes over {self.time_limit:g} s") from error
         except Exception as error:  # a template is a program, and may raise anything
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
         return str(text)
