@@ -5,11 +5,10 @@ Format: https://platform.openai.com/docs/api-reference/chat/create
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from chatglm import InvalidField, SamplingParams
 from chatglm.errors import preview
@@ -25,7 +24,7 @@ from server.bodies import (
     one_of,
 )
 from server.openai_fields import IGNORED, UNSUPPORTED, refuse_unsupported, without_unset
-from server.parsing import check_values
+from server.parsing import check_values, parse
 
 ROLES = {"developer": "system", "tool": "observation", "function": "observation"}  # our names
 
@@ -114,7 +113,18 @@ class NamedToolChoice(StrictModel):
 Penalty = Annotated[
     float, Field(ge=-2, le=2, description="over 0 discourages what the answer has already")
 ]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def check_number(biases: object) -> object:
+    """pydantic counts the entries of an object only after it has looked at each."""
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"must have at most {MAX_BIASES} entries")
+    return biases
+
+
+Biases = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(check_number)
+]
 ToolChoice = Annotated[
     Literal["none", "auto", "required"] | NamedToolChoice,
     one_of('"none", "auto", "required" or {"type": "function", "function": {"name": …}}'),
@@ -151,7 +161,7 @@ class ChatCompletionRequest(ChatBody):
     min_p: float = Field(0.0, ge=0, le=1, description="no token less likely than this share")
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: dict[str, Bias] = Field({}, description="by token id: added to its score")
+    logit_bias: Biases = Field({}, description="by token id: added to its score")
     logprobs: bool = Field(False, description="tell how likely each token was")
     top_logprobs: int = Field(0, ge=0, le=20, description="and so many others in its place")
     n: int = Field(1, ge=1, le=16, description="answers")
@@ -249,8 +259,8 @@ def token_id(key: str) -> int:
 def read_arguments(text: str, where: str) -> dict:
     field = f"{where}.arguments"
     arguments: object = None
-    with suppress(ValueError, RecursionError):
-        arguments = json.loads(text or "{}")
+    with suppress(ValueError):
+        arguments = parse((text or "{}").encode())
     if not isinstance(arguments, dict):
         raise InvalidField(field, f"must be a JSON object, not {preview(text)}")
     check_values(field, arguments)  # JSON in a string of JSON: it has been checked as text only

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from chatglm.errors import InvalidField, preview
 
 MAX_DEPTH = 100  # lists and objects within each other; the schemas of tools have about ten
-MAX_VALUES = 100_000  # in one field; a conversation of 20,000 turns has 60,000
+MAX_VALUES = 100_000  # in one body; a conversation of 20,000 turns has 60,000
+# One JSON string, or what there is of it. It never goes back, so its time is linear.
+STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 
 def parse(body: bytes) -> Any:
-    """Raises ValueError if it is not JSON."""
+    """Raises ValueError if it is not JSON, or holds too many values."""
+    # Counted first: reading holds Python's lock to the end, so the event loop would wait for it.
+    bare = STRING.sub(b"", body)
+    if sum(map(bare.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"the body holds more than {MAX_VALUES} values; send less")
     try:
         return json.loads(body.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
@@ -26,20 +33,16 @@ def parse(body: bytes) -> Any:
 
 def check_values(field: str, value: object) -> None:
     """Raises InvalidField, naming the place, for what a later step could not write out: a lone
-    surrogate, an infinite number, too many values, or values that are nested too deeply."""
-    check([field], value, MAX_VALUES)
+    surrogate, an infinite number, or values that are nested too deeply."""
+    check([field], value)
 
 
-def check(path: list[object], value: object, left: int) -> int:
-    """Checks what lies at `path`. Returns how many of the values that were `left` still are."""
-    if left == 0:
-        raise InvalidField(str(path[0]), f"holds more than {MAX_VALUES} values")
-    problem = problem_of(value)
-    if problem:
+def check(path: list[object], value: object) -> None:
+    """Checks what lies at `path`."""
+    if problem := problem_of(value):
         raise InvalidField(written(path), problem)
-    left -= 1
     if not isinstance(value, (list, dict)):
-        return left
+        return
     if len(path) > MAX_DEPTH:  # Python's own limit would come later, in whatever code is unlucky
         raise InvalidField(str(path[0]), f"is nested more than {MAX_DEPTH} deep")
     entries: Iterable = value.items() if isinstance(value, dict) else enumerate(value)
@@ -47,9 +50,8 @@ def check(path: list[object], value: object, left: int) -> int:
         path.append(key)
         if problem := problem_of(key):
             raise InvalidField(written(path[:-1]), f"has a key that {problem}")
-        left = check(path, entry, left)
+        check(path, entry)
         path.pop()
-    return left
 
 
 def problem_of(value: object) -> str:

@@ -29,6 +29,7 @@ from server.connections import FOR_OTHERS
 from server.keys import read_keys
 from server.logs import CleanFormatter
 from server.openai_request import ChatCompletionRequest
+from server.parsing import parse
 from server.preparation import THREADS, FairPool
 from server.settings import Settings, parse_settings
 from server.stops import StopSearch
@@ -107,12 +108,41 @@ def test_a_large_body_is_refused_by_name_while_others_are_answered(url, path, bo
         ({**HI, "stop": ["a" * 501]}, "stop must have at most 500 characters each"),
         ({**HI, "stop": "a" * 501}, "stop must have at most 500 characters each"),
         ({**HI, "tools": [{}] * 1001}, "tools.0"),
-        ({**HI, "tools": [[[0] * 100_001]]}, "tools holds more than 100000 values"),
+        (
+            {**HI, "logit_bias": {str(i): 0 for i in range(1025)}},
+            "logit_bias must have at most 1024",
+        ),
     ],
 )
 def test_what_is_too_much_is_refused_by_name_with_the_limit(fields, told):
     with pytest.raises(chatglm.InvalidField, match=told):
         ChatCompletionRequest.from_fields(fields)
+
+
+@pytest.mark.parametrize("more", [[0] * 100_001, [[]] * 100_001, [{}] * 100_001])
+def test_a_body_of_too_many_values_is_refused_before_it_is_read(more):
+    content = json.dumps({**HI, "messages": more}).encode()
+    with pytest.raises(ValueError, match="the body holds more than 100000 values"):
+        ChatCompletionRequest.from_json(content)
+    with pytest.raises(chatglm.InvalidField, match="arguments must be a JSON object"):
+        ChatCompletionRequest.from_fields(
+            {"messages": called(arguments=json.dumps({"a": more}))}
+        ).to_messages()
+
+
+@pytest.mark.parametrize("text", [", [ {" * 200_000, '"' * 60_000, "\\" * 90_000, '",' * 90_000])
+def test_what_a_text_holds_is_no_value(text):
+    assert Chat.from_json(json.dumps({"prompt": text}).encode()).prompt == text
+
+
+@pytest.mark.parametrize(
+    "body", [b'"' * 10**6, b'"\\' * 300_000, b'"\\"' * 300_000, b'"' + b"\\" * 10**6, b"\\" * 10**6]
+)
+def test_counting_values_takes_time_in_proportion(body):
+    begun = time.thread_time()
+    with pytest.raises(ValueError, match="the body must be a JSON object"):
+        parse(body)
+    assert time.thread_time() - begun < 5  # minutes, if it went back at each quotation mark
 
 
 def test_what_is_too_deep_is_refused_and_what_no_field_uses_may_be_as_deep_as_it_likes():
