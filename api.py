@@ -1,4 +1,4 @@
-"""A ChatGLM chat server: the textbook's, whole.
+"""A ChatGLM chat server: the textbook's, complete.
 
     python api.py                                  # the tiny ChatGLM that comes along
     python api.py --model /models/chatglm3-6b      # published weights: a folder or a hub id
@@ -48,11 +48,11 @@ from server.answers import shown
 from server.bodies import ChatBody, History, RepetitionPenalty, Seed, Stop, Temperature, TopP
 from server.browsers import Browsers
 from server.connections import uvicorn_config
-from server.heads import Heads
+from server.headers import Heads
+from server.http_errors import FRAMES, REFUSAL, documented, error_response
 from server.listener import bind, url_of
 from server.logs import setup_log
 from server.preparation import FairPool
-from server.refusals import FRAMES, REFUSAL, documented, error_response
 from server.responses import AnswerResponse, unless_disconnected
 from server.settings import Settings, parse_settings
 from server.shutdown import Server
@@ -103,7 +103,7 @@ async def process(chunks: AsyncGenerator[chatglm.Chunk, None]) -> AsyncGenerator
                 # Gives way to the event loop. Where the next token is there already, nothing else
                 # does, and a client that has disconnected would go unnoticed to the end.
                 await asyncio.sleep(0)
-            if chunk.finish_reason == "length":  # sent twice, the last frame says: it was cut
+            if chunk.finish_reason == "length":  # the last frame comes twice: it was cut
                 yield "<^>" + escape(chunk.text)
 
 

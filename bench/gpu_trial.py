@@ -24,7 +24,7 @@ import chatglm
 from bench import decode, gpu_kernels
 from bench.gpu_checks import QUESTIONS, answer, choices
 from bench.gpu_speed import build, decode_row
-from chatglm.engine import batch, cpu_attention
+from chatglm.engine import cpu_attention, transformers_batch
 from chatglm.hardware.device import pick_device
 
 NAME = "paged_by_table"
@@ -152,8 +152,8 @@ def compute_logits(
 def tried(model, page: bool) -> Iterator[None]:
     """Engines that start within run on the attention above; with `page`, on the network as well."""
     forward, make_manager = model.forward, model.init_continuous_batching
-    make_config, name = batch.cache_config, cpu_attention.NAME
-    batch.cache_config = with_graphs(make_config)
+    make_config, name = transformers_batch.cache_config, cpu_attention.NAME
+    transformers_batch.cache_config = with_graphs(make_config)
     cpu_attention.NAME = NAME  # what a Batch on a CPU sets
     model.init_continuous_batching = with_block_tables(model, make_manager)
     if page:
@@ -163,7 +163,7 @@ def tried(model, page: bool) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation("sdpa")
-        batch.cache_config, cpu_attention.NAME = make_config, name
+        transformers_batch.cache_config, cpu_attention.NAME = make_config, name
         del model.init_continuous_batching
         if page:
             del model.forward

@@ -64,8 +64,11 @@ class Bias:
     def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device) -> None:
         self.params = params
         self.values = torch.zeros(vocab_size, device=device)
-        for token, bias in params.logit_bias:
-            self.values[token] += bias
+        if params.logit_bias:
+            tokens, biases = zip(*params.logit_bias, strict=True)
+            self.values.index_add_(
+                0, torch.tensor(tokens, device=device), torch.tensor(biases, device=device).float()
+            )
         self._present: set[int] = set()
 
     def count(self, tokens: Iterable[int]) -> None:

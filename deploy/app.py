@@ -17,7 +17,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 
 import api
-from server.refusals import RETRY_AFTER
+from server.http_errors import RETRY_AFTER
 from server.settings import Settings, parse_settings
 
 SCALING = {  # what Ray is told of replicas, in its own words; times in seconds

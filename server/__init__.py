@@ -6,11 +6,11 @@
     admission.py    from a request to an answer under way: key, body, engine
     clients.py, preparation.py    who asks, and the threads in which clients take turns
     browsers.py     web pages of other origins
-    refusals.py     where a 400, 401, 413, 429 or 503 gets its form
+    http_errors.py  where a 400, 401, 403, 408, 413, 429, 431 or 503 gets its form
     responses.py    an answer on its way to a client that may disconnect
     answers.py, stops.py    an answer up to a stop sequence, with calls; several at once
-    heads.py        request ids, unknown fields, HEAD
-    http1.py        offers to upgrade, and HTTP/1.0
+    headers.py      request ids, unknown fields, HEAD
+    uvicorn_http1.py    offers to upgrade, and HTTP/1.0
     sse.py          /stream, server-sent events
     openai_request.py, openai_fields.py, openai_api.py    /v1, OpenAI's chat completions
     listener.py, connections.py, shutdown.py, logs.py    from the port to the last answer

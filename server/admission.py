@@ -16,8 +16,8 @@ import chatglm
 from server.bodies import ChatBody
 from server.browsers import refuse_other_sites
 from server.clients import client_of
-from server.heads import notice_unknown_fields
-from server.refusals import BadRequest
+from server.headers import notice_unknown_fields
+from server.http_errors import BadRequest
 from server.responses import unless_disconnected
 
 UPLOAD_TIMEOUT = 60  # seconds for a body to arrive, so that a slow upload cannot hold a connection
@@ -29,8 +29,7 @@ class Admitted(NamedTuple, Generic[Body]):
     """A request that has a place in the engine or is queued for one."""
 
     body: Body
-    chunks: AsyncGenerator[chatglm.Chunk, None]  # of the answer; closing it cancels the request
-    others: list[AsyncGenerator[chatglm.Chunk, None]] = []  # of further answers, where n > 1
+    answers: list[AsyncGenerator[chatglm.Chunk, None]]  # closing one cancels it; /v1 has several
 
 
 async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
@@ -40,10 +39,10 @@ async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
     content = b"" if request.method == "GET" else await read_body(request)
 
     def prepare() -> tuple[Body, str, chatglm.Sequence]:
-        is_get = request.method == "GET"
-        body = (
-            body_type.from_query(request.query_params) if is_get else body_type.from_json(content)
-        )
+        if request.method == "GET":
+            body = body_type.from_query(request.query_params)
+        else:
+            body = body_type.from_json(content)
         messages = body.to_messages()
         sequence = engine.prepare(messages, body.sampling_params(), body.forced_prefix())
         return body, messages[-1]["content"], sequence
@@ -58,16 +57,15 @@ async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
     sequence.trace_id = request.state.trace_id
     if request.app.state.settings.log_prompts:
         logger.info("prompt: %s", question)
-    chunks = await engine.submit(sequence, client)
-    others: list[AsyncGenerator[chatglm.Chunk, None]] = []
+    answers: list[AsyncGenerator[chatglm.Chunk, None]] = []
     try:
-        for i in range(1, body.answers):
-            others.append(await engine.submit(sequence.again(i), client))
+        for number in range(body.num_answers):
+            answers.append(await engine.submit(sequence.again(number), client))
     except BaseException:  # the queue is full, or the server stops: none of them is wanted
-        for each in (chunks, *others):
-            await each.aclose()
+        for answer in answers:
+            await answer.aclose()
         raise
-    return Admitted(body, chunks, others)
+    return Admitted(body, answers)
 
 
 async def read_body(request: Request) -> bytes:

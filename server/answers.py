@@ -21,7 +21,7 @@ from server.stops import StopSearch
 def shown(admitted: Admitted[Body]) -> tuple[Body, AsyncGenerator[Chunk, None]]:
     """The body of a request to `POST /` or `/stream`, and its answer as these show it."""
     body = admitted.body
-    return body, visible(admitted.chunks, tool_names(getattr(body, "history", [])), body.stops)
+    return body, visible(admitted.answers[0], tool_names(getattr(body, "history", [])), body.stops)
 
 
 async def visible(
@@ -62,7 +62,8 @@ async def deltas(
 ) -> AsyncGenerator[Delta, None]:
     """Text as it comes, up to a stop sequence; a call of one of `names` once it is complete. The
     last one has a `finish_reason`."""
-    sent, told, search = 0, 0, StopSearch(stops)  # characters, and log-probabilities
+    search = StopSearch(stops)
+    sent = told = 0  # characters, and log-probabilities
     async with aclosing(chunks):
         async for chunk in chunks:
             reason = chunk.finish_reason

@@ -158,7 +158,7 @@ class ChatBody(StrictModel):
         return [text for text in ([stop] if isinstance(stop, str) else stop) if text]
 
     @property
-    def answers(self) -> int:
+    def num_answers(self) -> int:
         """How many answers are asked for."""
         return 1
 

@@ -6,6 +6,7 @@ import hashlib
 import ipaddress
 
 from fastapi import Request
+from fastapi.security.utils import get_authorization_scheme_param
 
 
 def client_of(request: Request) -> str:
@@ -13,9 +14,10 @@ def client_of(request: Request) -> str:
 
     uvicorn has put in the address of the client behind a trusted proxy, see --trusted-proxy.
     """
-    key = request.headers.get("authorization", "")
+    # Only the key: "Bearer" may be written in several ways, each of which would be a client.
+    _, key = get_authorization_scheme_param(request.headers.get("authorization"))
     if request.app.state.settings.keys and key:
-        return hashlib.sha256(key.encode()).hexdigest()
+        return hashlib.sha256(key.strip().encode()).hexdigest()
     return network_of(request.client.host) if request.client else ""
 
 

@@ -27,7 +27,7 @@ from uvicorn.protocols.http.httptools_impl import (
     HttpToolsProtocol,
 )
 
-from server import http1  # noqa: F401  (mends uvicorn's protocol, also for `uvicorn api:app`)
+from server import uvicorn_http1  # noqa: F401  (mends uvicorn's protocol, also for `uvicorn api:app`)
 from server.clients import network_of
 from server.settings import Settings
 

@@ -22,8 +22,8 @@ from chatglm.sampling import TokenLogprob
 from chatglm.text.tools import ToolCall
 from server.admission import AUTH, admit
 from server.answers import Delta, deltas, logprobs_object, merged
+from server.http_errors import documented, openai_error
 from server.openai_request import ChatCompletionRequest
-from server.refusals import documented, openai_error
 from server.responses import unless_disconnected
 from server.sse import EventStream, json_event
 
@@ -54,7 +54,7 @@ class ChatCompletionReply:
         """chat.completion.chunk objects with the role, then what is new, then how it ended, perhaps
         the usage; [DONE]. After a failure, an error object is the last."""
         try:
-            for i in range(self.body.answers):
+            for i in range(self.body.num_answers):
                 yield self.chunk_event(i, {"role": "assistant", "content": ""})
             async with aclosing(self.deltas):
                 async for i, delta in self.deltas:
@@ -93,7 +93,7 @@ class ChatCompletionReply:
 
     async def whole(self) -> dict:
         """One chat.completion object."""
-        texts = [""] * self.body.answers
+        texts = [""] * self.body.num_answers
         logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
         choices: dict[int, dict] = {}
         async with aclosing(self.deltas):
@@ -157,9 +157,9 @@ router = APIRouter(prefix="/v1", dependencies=AUTH, responses=documented(REFUSAL
 )
 async def complete(request: Request) -> Response:
     """An answer in OpenAI's format, with tools, streamed or whole."""
-    body, chunks, others = await admit(request, ChatCompletionRequest)
+    body, answers = await admit(request, ChatCompletionRequest)
     name, tokenizer = request.app.state.settings.model_name, request.app.state.engine.tokenizer
-    reply = ChatCompletionReply(name, body, [chunks, *others], tokenizer)
+    reply = ChatCompletionReply(name, body, answers, tokenizer)
     if body.stream:
         return EventStream(reply.events())
     return JSONResponse(await unless_disconnected(request, reply.whole()))

@@ -172,7 +172,7 @@ class ChatCompletionRequest(ChatBody):
     tool_choice: ToolChoice = "auto"
 
     @property
-    def answers(self) -> int:
+    def num_answers(self) -> int:
         return self.n
 
     @model_validator(mode="before")

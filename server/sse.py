@@ -22,7 +22,7 @@ from chatglm import Chunk, EngineError
 from server.admission import AUTH, admit
 from server.answers import shown
 from server.bodies import ChatBody
-from server.refusals import REFUSAL, documented
+from server.http_errors import REFUSAL, documented
 from server.responses import AnswerResponse
 
 PING_INTERVAL = 15.0  # seconds; proxies close connections that are silent for a minute

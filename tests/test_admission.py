@@ -9,7 +9,7 @@ import pytest
 
 import chatglm
 from chatglm import SamplingParams
-from chatglm.engine.admission import AdmissionQueue
+from chatglm.engine.queue import AdmissionQueue
 from chatglm.engine.sequence import LatestOutput, Output, Sequence
 from chatglm.text.messages import to_messages
 

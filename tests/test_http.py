@@ -150,6 +150,25 @@ def test_a_client_of_http_1_0_gets_no_chunks(either_url, path, body):
         assert text.startswith(in_chunks.text[:8])
 
 
+def test_an_answer_that_breaks_off_does_not_look_whole_in_http_1_0(server):
+    asked = post("/", {**BODY, "prompt": "Count from 1 to 100"}, version="1.0")
+    with server.held():
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), LIMIT) as connection:
+            connection.sendall(asked.encode())
+            until(lambda: health(server.url)["active"] == 1)
+            server.let(3)
+            received = b""
+            while b"<^>1" not in received:
+                received += connection.recv(65536)
+            (server.folder / "RuntimeError").touch()
+            server.let(1)
+            with pytest.raises(ConnectionResetError):
+                while piece := connection.recv(65536):
+                    received += piece
+    assert b"content-length" not in received.lower()
+
+
 def test_a_whole_answer_has_its_length_in_http_1_0_too(url):
     said = exchange(url, post("/", {**BODY, "stream": False}, version="1.0"))
     head, _, body = said.partition("\r\n\r\n")

@@ -31,16 +31,16 @@ import chatglm
 from bench.sizes import CHATGLM3_6B
 from chatglm.checkpoint.conversion import translate_config
 from chatglm.checkpoint.tensors import Computed
-from chatglm.engine import batch
-from chatglm.engine.batch import WholePromptScheduler, cache_config
+from chatglm.engine import transformers_batch
 from chatglm.engine.prefix_attention import prefixed_sdpa
-from chatglm.engine.sampler import SamplerProcessor
+from chatglm.engine.transformers_batch import WholePromptScheduler, cache_config
+from chatglm.engine.transformers_sampler import SamplerProcessor
 from chatglm.text.messages import to_messages
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "chatglm3"
-BATCH, ATTENTION = "chatglm/engine/batch.py", "chatglm/engine/cpu_attention.py"
-SAMPLER = "chatglm/engine/sampler.py"
+BATCH, ATTENTION = "chatglm/engine/transformers_batch.py", "chatglm/engine/cpu_attention.py"
+SAMPLER = "chatglm/engine/transformers_sampler.py"
 PREFIX = "chatglm/engine/prefix_attention.py"
 CONVERSION = "chatglm/checkpoint/conversion.py"
 
@@ -268,7 +268,7 @@ def test_transformers_still_has_this_part(request, part):
 
 
 def test_flash_attention_is_left_to_half_precision(monkeypatch):
-    monkeypatch.setattr(batch, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(transformers_batch, "is_flash_attn_2_available", lambda: True)
     for dtype, switches in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
         model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
         assert cache_config(model, 2).auto_switch_to_flash == switches

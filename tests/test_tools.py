@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from chatglm.engine.sequence import Chunk
 from chatglm.text.template import TemplateTokenizer
 from chatglm.text.tokenizer import ChatGLMTokenizer
-from chatglm.text.tools import INTRODUCTION, declare, may_be_call, read_call, write_call
+from chatglm.text.tools import INTRODUCTION, declare, may_be_call, read_call, tool_names, write_call
 from server.answers import deltas
 from server.openai_request import ChatCompletionRequest
 from server.stops import StopSearch
@@ -240,3 +240,8 @@ def test_theirs_becomes_ours_role_by_role():
 def test_what_is_not_supported_is_refused_by_name(fields, word):
     with pytest.raises(ValueError, match=word):
         completion(**fields).to_messages()
+
+
+@pytest.mark.parametrize("tools", [5, "f", {"f": 1}, [5], [{"function": -1}], [{"name": 5}], [[]]])
+def test_tools_of_no_known_form_have_no_names(tools):
+    assert tool_names([{"role": "system", "content": "", "tools": tools}]) == []

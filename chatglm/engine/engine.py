@@ -9,8 +9,8 @@
     generate  detokenise, yield a chunk    ◀──         · decode: one token for every sequence
     close     cancel                       ──▶       · sequences that ended or were cancelled leave
 
-The loop never waits for the model, and the model never waits for a reader: between them lies a
-mailbox per sequence that keeps the newest output only.
+The loop never waits for the model (except to start it anew), and the model never waits for a
+reader: between them lies a mailbox per sequence that keeps the newest output only.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from dataclasses import replace
 
 from torch.utils.hooks import RemovableHandle
 
-from chatglm.engine.admission import AdmissionQueue
-from chatglm.engine.batch import Batch
+from chatglm.engine.queue import AdmissionQueue
 from chatglm.engine.sequence import Chunk, LatestOutput, Output, RequestStats, Sequence
+from chatglm.engine.transformers_batch import Batch
 from chatglm.errors import EngineError, InvalidField
 from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
@@ -39,14 +39,15 @@ from chatglm.text.tools import published_response, tool_names
 
 logger = logging.getLogger("chatglm")
 
-ALWAYS_COUNTED = 2**16  # characters; a shorter prompt is tokenised, so a refusal has its length
+ALWAYS_COUNTED = 2**16  # characters; of shorter prompts, a refusal has the exact length in tokens
 
 
 class Engine:
     """Serves many conversations with one model, from one event loop.
 
     `active` requests are being generated, `waiting` ones are queued: at most `max_concurrency`
-    run at once, and only as many as the KV cache can hold to their end; at most `max_waiting` wait.
+    run at once, and only as many as the KV cache can hold to their end; about `max_waiting` may
+    wait, shared out by client.
     `timeout` limits the seconds of an answer once it runs, `max_length` its tokens with the prompt.
     """
 
@@ -139,8 +140,8 @@ class Engine:
 
         Without any limit in `params`, the answer may fill the context. It continues
         `forced_prefix`, such as the name of a tool that must be called, or the last message, if
-        that is the assistant's. Raises PromptTooLong if
-        no token is left for the answer, and ValueError for messages that cannot be encoded.
+        that is the assistant's. Raises PromptTooLong if no token is left for the answer, and
+        ValueError for messages that cannot be encoded.
         """
         params = params or SamplingParams()
         if params.logprobs is not None and self._batch and not self._batch.offers_logprobs:
@@ -178,7 +179,8 @@ class Engine:
         Each chunk holds the whole text so far; the last has a `finish_reason`. Not every step has
         a chunk: at most 25 come a second, and a slow reader gets the newest. If there will be no
         whole answer, the generator raises EngineError. Closing it cancels the request, whether it
-        waits or runs. Requests of one `client`, any name, share that client's share of the places.
+        waits or runs. Requests with the same `client`, a name of any kind, share one share of the
+        places.
         """
         sequence.client = client
         chunks = self._run(sequence)
@@ -274,8 +276,9 @@ class Engine:
         tokens, is_finished = output.token_ids, output.is_finished
         if stats.hidden_tokens is None:
             stats.hidden_tokens = hidden_tokens(self.tokenizer, sequence, tokens)
-        hidden = stats.hidden_tokens
-        if hidden is not None and params.max_visible_tokens is not None:
+        is_known = stats.hidden_tokens is not None
+        hidden = stats.hidden_tokens if stats.hidden_tokens is not None else len(tokens)
+        if is_known and params.max_visible_tokens is not None:
             limit = hidden + params.max_visible_tokens
             tokens, is_finished = tokens[:limit], is_finished or len(tokens) >= limit
         stopped = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
@@ -288,9 +291,9 @@ class Engine:
             text = text[len(self.tokenizer.decode([self.tokenizer.anchor])) :]
         raw = sequence.forced_prefix + text
         visible = self.tokenizer.visible(raw, finished=is_finished)[sequence.begun_length :]
-        logprobs = sequence.logprobs_of(range(hidden or 0, len(tokens) - stopped))
+        logprobs = sequence.logprobs_of(range(hidden, len(tokens) - stopped))
         counts = stats.prompt_tokens, len(tokens)
-        return Chunk(visible, raw, *counts, stats.finish_reason, hidden or 0, logprobs)
+        return Chunk(visible, raw, *counts, stats.finish_reason, hidden, logprobs)
 
     def _keep_running(self) -> None:
         """Starts the model thread if it is not, or no longer, alive."""

@@ -1,6 +1,7 @@
 """What only some rows of a step ask for: biases of their scores, and log-probabilities.
 
-Rows that do not ask cost nothing, but on a GPU, where a CUDA graph does the same in every step.
+On a CPU, rows that do not ask cost nothing. On a GPU biases are added to every row, because a CUDA
+graph repeats the same work in every step.
 """
 
 from __future__ import annotations

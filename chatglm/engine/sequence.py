@@ -12,7 +12,7 @@ from chatglm.errors import EngineError
 from chatglm.sampling import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
-    from chatglm.engine.batch import Batch
+    from chatglm.engine.transformers_batch import Batch
 
 MIN_INTERVAL = 0.04  # seconds between two chunks of an answer: 25 a second look smooth
 FIRST_TOKENS_UNTHROTTLED = 8  # these are passed on as they come
@@ -43,7 +43,7 @@ class Output(NamedTuple):
 class Sequence:
     """A checked and tokenised request. The word is vLLM's.
 
-    The model thread writes to `latest`. All else belongs to the event loop.
+    The model thread writes to `latest` and `logprobs`. All else is set on the event loop.
     """
 
     input_ids: list[int]  # the prompt
@@ -78,7 +78,7 @@ class Sequence:
         """The same request for another answer: its seed is `number` further."""
         seed = ((self.params.seed or 0) + number) % 2**32
         params = replace(self.params, seed=seed)
-        other = replace(self, params=params)  # which leaves out what is not set at first
+        other = replace(self, params=params)  # it does not copy fields with init=False
         other.trace_id = self.trace_id
         return other
 
@@ -130,7 +130,7 @@ class LatestOutput:
         self._arrived.set()
 
     def fail(self, error: EngineError) -> None:
-        """Called on the loop, when there will be no more output."""
+        """Called on the loop: the reader gets this error, and no more output."""
         self._failure = error
         self._arrived.set()
 

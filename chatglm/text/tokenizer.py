@@ -12,8 +12,8 @@ from typing import Protocol
 
 from sentencepiece import SentencePieceProcessor
 
+from chatglm.text.chatglm2 import chatglm2_prompt
 from chatglm.text.detokenizer import Detokenizer
-from chatglm.text.rounds import to_rounds
 
 # After the SentencePiece pieces come these, in this order (published tokenization_chatglm.py).
 COMMON_SPECIALS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
@@ -153,13 +153,3 @@ def without_metadata(raw: str, finished: bool) -> str:
 def is_tool_name(line: str) -> bool:
     # Stripped first: with spaces in the pattern, a line of many would take ever longer to refuse.
     return re.fullmatch(r"([A-Za-z_][A-Za-z0-9_.\-]{0,63})?", line.strip()) is not None
-
-
-def chatglm2_prompt(messages: list[dict]) -> str:
-    """`[Round 1]\\n\\n问：…\\n\\n答：…\\n\\n[Round 2]\\n\\n问：…\\n\\n答：` (published
-    `build_prompt`)."""
-    rounds = [
-        f"[Round {number}]\n\n问：{question}\n\n答：{answer}"
-        for number, (question, answer) in enumerate(to_rounds(messages, between="\n\n"), start=1)
-    ]
-    return "\n\n".join(rounds)

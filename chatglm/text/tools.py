@@ -116,5 +116,10 @@ def tool_names(messages: list) -> list[str]:
     """Of the tools that a history's system message declares, in either published form."""
     first = messages[0] if messages else None
     tools = first.get("tools") if isinstance(first, dict) else None
-    described = [tool.get("function", tool) for tool in tools or [] if isinstance(tool, dict)]
-    return [tool["name"] for tool in described if isinstance(tool.get("name"), str)]
+    described = [
+        tool.get("function", tool)
+        for tool in (tools if isinstance(tools, list) else [])
+        if isinstance(tool, dict)
+    ]
+    names = [tool.get("name") for tool in described if isinstance(tool, dict)]
+    return [name for name in names if isinstance(name, str)]

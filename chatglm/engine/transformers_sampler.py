@@ -25,7 +25,7 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
 
     FLOATS = ("temperature", "top_p", "repetition_penalty", "min_p")
     INTEGERS = ("seed", "top_k")
-    # Of the library's own requests, with which it captures CUDA graphs at start-up.
+    # For the library's own requests, with which it warms up and captures CUDA graphs.
     NEUTRAL = {
         "temperature": 0.0,
         "top_p": 1.0,
@@ -104,14 +104,14 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
     ) -> torch.Tensor:
         temperature, top_p, penalty, min_p = args[: len(self.FLOATS)].view(torch.float32)
         seed, top_k, position = args[len(self.FLOATS) :].long()
-        raw_scores, is_captured = scores, not can_branch(scores.device)
-        if self.penalising or is_captured:
+        raw_scores, is_capturing = scores, not can_branch(scores.device)
+        if self.penalising or is_capturing:
             penalty = torch.where(penalty > 0, penalty, 1.0)  # rows that only prefill have 0
             scores = penalise(scores, self.seen[: len(scores)], penalty)
         scores = self.extras.add_biases(scores)
-        limits = (top_k, min_p) if self.truncating or is_captured else ()
+        limits = (top_k, min_p) if self.truncating or is_capturing else ()
         token = choose(scores, temperature, top_p, seed & 0xFFFFFFFF, position, *limits)
         self.extras.record(raw_scores, token)
-        # A sum is finite if all its terms are. Ten times faster than `isfinite` on every element.
+        # The sum is not finite if one score is not. Adding is ten times faster than `isfinite`.
         mark = torch.where(torch.isfinite(scores.sum(dim=-1)), 0.0, torch.nan)
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], mark[:, None])

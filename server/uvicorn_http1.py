@@ -10,6 +10,9 @@ uvicorn's other parser, h11, has neither fault; it is several times slower.
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import struct
 from typing import Any
 
 import httptools
@@ -87,6 +90,18 @@ class Cycle(RequestResponseCycle):
     """A request and its answer, which has no chunks if the client speaks HTTP/1.0."""
 
     is_unframed = False
+
+    async def run_asgi(self, app: Any) -> None:
+        async def watched(*arguments: Any) -> None:
+            await app(*arguments)
+            # Without chunks, the end of the connection is the end of the answer. An answer that was
+            # broken off ends with a reset instead.
+            if self.is_unframed and not self.response_complete:
+                reset = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+                sock = self.transport.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+
+        await super().run_asgi(watched)
 
     async def send(self, message: Any) -> None:
         if message["type"] == "http.response.start":

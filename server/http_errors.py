@@ -30,6 +30,7 @@ FRAMES = {  # an answer of POST /, in frames and whole; for /docs
 REASONS = {
     400: "what cannot be served, and why",
     401: "no key, or a wrong one",
+    403: "asked by a web page of another origin, or under a name that is not served",
     408: "the body came too slowly",
     413: "the body is too large",
     429: "too many wait: see Retry-After",
@@ -65,7 +66,7 @@ class BadRequest(HTTPException):
 async def error_response(request: Request, error: Exception) -> JSONResponse:
     """The handler of every HTTPException and EngineError, before the first byte of an answer."""
     refusal = to_http(error)
-    in_form = openai_error if request.url.path.startswith("/v1/") else detail
+    in_form = openai_error if "/v1/" in request.url.path else detail
     return JSONResponse(in_form(refusal), refusal.status_code, refusal.headers)
 
 

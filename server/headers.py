@@ -1,7 +1,7 @@
-"""What the heads of all answers have in common, and requests for a head alone.
+"""What the headers of all answers have in common, and requests for headers alone.
 
-    X-Request-Id        the one that the client sent, or a new one; the log has it too
-    X-Unknown-Fields    fields of the request that mean nothing here: perhaps a slip of the pen
+    X-Request-Id        the one that the client sent, or a new one; it is in the log of the answer
+    X-Unknown-Fields    fields of the request that mean nothing here: probably mistyped
 
 `HEAD` (`curl -I`, `wget --spider`) is answered as GET, without a body.
 """
@@ -23,7 +23,7 @@ logger = logging.getLogger("chatglm")
 
 
 class Heads:
-    """The outermost layer of the app."""
+    """A layer around the routes and their refusals."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -45,7 +45,7 @@ class Heads:
 
         # uvicorn leaves the body out, as it knows the method. An answer that streams would be
         # generated for nobody: /stream refuses HEAD.
-        if scope["method"] == "HEAD" and scope["path"] != "/stream":
+        if scope["method"] == "HEAD" and not scope["path"].endswith("/stream"):
             scope = {**scope, "method": "GET"}
         await self.app(scope, receive, send_with_head)
 
@@ -64,4 +64,4 @@ def notice_unknown_fields(request: Request, body: ChatBody) -> None:
         ]
         shown = ", ".join(names)
         request.state.unknown_fields = shown
-        logger.warning("unknown fields are ignored: %s", shown)
+        logger.warning("unknown fields are ignored: %s (%s)", shown, request.state.trace_id)

@@ -1,9 +1,8 @@
 """The seam to transformers' continuous batching: a batch of sequences, and the thread that runs it.
 
 Everything that this project takes from inside `transformers.generation.continuous_batching` is
-named in this file, or beside it in sampler.py, cpu_attention.py, prefix_attention.py and
-contexts.py.
-tests/test_seam.py checks each of these names.
+named in this file, or beside it in transformers_sampler.py, rows.py, cpu_attention.py,
+prefix_attention.py and contexts.py. tests/test_seam.py checks each of these names.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from transformers.utils import is_flash_attn_2_available
 from chatglm.engine import cpu_attention
 from chatglm.engine.cpu_cache import MemoryOnFirstUse
 from chatglm.engine.cpu_glm import FusedGlmMixin
-from chatglm.engine.sampler import SamplerProcessor
 from chatglm.engine.sequence import LatestOutput, Output, Sequence
+from chatglm.engine.transformers_sampler import SamplerProcessor
 from chatglm.hardware.device import free_memory
 from chatglm.sampling import DEFAULT_MAX_LENGTH
 
