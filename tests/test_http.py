@@ -152,12 +152,13 @@ def test_a_client_of_http_1_0_gets_no_chunks(either_url, path, body):
 
 def test_an_answer_that_breaks_off_does_not_look_whole_in_http_1_0(server):
     asked = post("/", {**BODY, "prompt": "Count from 1 to 100"}, version="1.0")
+    server.may_fail = True
     with server.held():
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), LIMIT) as connection:
             connection.sendall(asked.encode())
             until(lambda: health(server.url)["active"] == 1)
-            server.let(3)
+            server.let(9)  # the first few are hidden
             received = b""
             while b"<^>1" not in received:
                 received += connection.recv(65536)

@@ -57,7 +57,7 @@ def seen():
         return prepare(self, requests_in_batch, arg_storage)
 
     async def ask(engine):
-        settings = {"max_new_tokens": 4, "repetition_penalty": 1.1}
+        settings = {"max_new_tokens": 4, "repetition_penalty": 1.1, "temperature": 0}
         async for _ in engine.generate(to_messages("你好"), **settings):
             pass
 
