@@ -142,6 +142,25 @@ def test_chatglm2_has_no_place_for_an_observation():
         golden("chatglm2")[0].encode_chat(messages)
 
 
+@pytest.mark.parametrize("roles", ["uaau", "suaasu", "uuau", "ssuau"])
+def test_everything_that_is_said_reaches_a_chatglm2_prompt(roles):
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    messages = [
+        {"role": names[role], "content": f"part{number}"} for number, role in enumerate(roles)
+    ]
+    tokenizer = golden("chatglm2")[0]
+    text = tokenizer.decode(tokenizer.encode_chat(messages)[2:])
+    places = [text.index(message["content"]) for message in messages]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("more", [{"tools": [{"name": "f"}]}, {"metadata": "f"}])
+def test_chatglm2_has_no_tools(more):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **more}]
+    with pytest.raises(ValueError, match="no tools"):
+        golden("chatglm2")[0].encode_chat([*messages, {"role": "user", "content": "c"}])
+
+
 @pytest.mark.parametrize("text", SPECIAL + ["[gMASK]", "sop", "eop", "[MASK]", "</s>", "<s>"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_user_cannot_write_a_special_token(name, text):

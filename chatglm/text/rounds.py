@@ -16,13 +16,16 @@ def to_rounds(messages: list[dict], between: str) -> list[tuple[str, str]]:
     preface = ""
     for message in messages:
         role, content = message["role"], message["content"]
+        if message.get("tools") or message.get("metadata"):
+            raise ValueError("this chat format has no tools: leave out tools and their calls")
         if role == "system":
             preface += content + between if content else ""
         elif role == "user":
             rounds.append((preface + content, ""))
             preface = ""
         elif role == "assistant" and rounds:
-            rounds[-1] = (rounds[-1][0], content)
+            question, answer = rounds[-1]
+            rounds[-1] = (question, answer + between + content if answer else content)
         else:
             raise ValueError(
                 f"role {role!a} has no place here: this chat format has system, user and "
