@@ -43,13 +43,13 @@ import chatglm
 from chatglm.text.messages import extend_history, to_messages
 from chatglm.text.tools import published_response, tool_names
 from server import openai_api, sse
-from server.admission import AUTH, admit
 from server.answers import shown
 from server.bodies import ChatBody, History, RepetitionPenalty, Seed, Stop, Temperature, TopP
 from server.browsers import Browsers
 from server.connections import uvicorn_config
 from server.headers import Heads
 from server.http_errors import FRAMES, REFUSAL, documented, error_response
+from server.incoming import AUTH, admit
 from server.listener import bind, url_of
 from server.logs import setup_log
 from server.preparation import FairPool

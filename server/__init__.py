@@ -3,7 +3,7 @@
     settings.py, keys.py    flags and environment variables, and the keys among them
     bodies.py, parsing.py   what every JSON body has in common: strict types, limits, and errors
                             that name the field
-    admission.py    from a request to an answer under way: key, body, engine
+    incoming.py     from a request to an answer under way: key, body, engine
     clients.py, preparation.py    who asks, and the threads in which clients take turns
     browsers.py     web pages of other origins
     http_errors.py  where a 400, 401, 403, 408, 413, 429, 431 or 503 gets its form

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from chatglm import Chunk
 from chatglm.sampling import TokenLogprob
 from chatglm.text.tools import ToolCall, may_be_call, read_call, tool_names
-from server.admission import Admitted, Body
+from server.incoming import Admitted, Body
 from server.stops import StopSearch
 
 

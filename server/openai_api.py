@@ -20,9 +20,9 @@ from chatglm import Chunk, EngineError
 from chatglm.errors import preview
 from chatglm.sampling import TokenLogprob
 from chatglm.text.tools import ToolCall
-from server.admission import AUTH, admit
 from server.answers import Delta, deltas, logprobs_object, merged
 from server.http_errors import documented, openai_error
+from server.incoming import AUTH, admit
 from server.openai_request import ChatCompletionRequest
 from server.responses import unless_disconnected
 from server.sse import EventStream, json_event

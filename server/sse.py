@@ -19,10 +19,10 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from chatglm import Chunk, EngineError
-from server.admission import AUTH, admit
 from server.answers import shown
 from server.bodies import ChatBody
 from server.http_errors import REFUSAL, documented
+from server.incoming import AUTH, admit
 from server.responses import AnswerResponse
 
 PING_INTERVAL = 15.0  # seconds; proxies close connections that are silent for a minute

@@ -20,6 +20,11 @@ LEFT_OUT = {
     "test_deploy.py": "a cluster",
     "test_quantize.py": "quantised weights",
     "test_bench.py": "benchmarks",
+    "test_gpu_bench.py": "benchmarks",
+    "test_labs.py": "labs",
+    "test_fuzz.py": "random requests",
+    "test_hubs.py": "downloads",
+    "test_devices.py": "networks on several devices",
 }
 
 # In the background of a shell script Ctrl-C is ignored, and what the tests start would inherit it.
@@ -45,7 +50,7 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_unconfigure(config):
     """The last line of the output says what was left out."""
-    kinds = [kind for name, kind in LEFT_OUT.items() if is_left_out(name, config)]
+    kinds = dict.fromkeys(kind for name, kind in LEFT_OUT.items() if is_left_out(name, config))
     if kinds and not hasattr(config, "workerinput"):  # that is, not in each of xdist's processes
         print(f"Left out: {', '.join(kinds)}. To run everything: {EVERYTHING}")
 

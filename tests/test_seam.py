@@ -130,11 +130,11 @@ PARTS = {
         ),
     ),
     "a request in a step tells its state and whether it gets a token": (
-        BATCH,
+        SAMPLER,
         lambda seen: hasattr(seen.request, "state") and hasattr(seen.request, "has_new_token"),
     ),
     "a request's state has its settings, its prompt, its answer and its position": (
-        BATCH,
+        SAMPLER,
         lambda seen: (
             isinstance(seen.request.state.logit_processor_kwargs["temperature"], float)
             and isinstance(seen.request.state.initial_tokens, list)

@@ -46,8 +46,7 @@ class Engine:
     """Serves many conversations with one model, from one event loop.
 
     `active` requests are being generated, `waiting` ones are queued: at most `max_concurrency`
-    run at once, and only as many as the KV cache can hold to their end; about `max_waiting` may
-    wait, shared out by client.
+    run at once, and as many as the KV cache can hold to their end; about `max_waiting` may wait.
     `timeout` limits the seconds of an answer once it runs, `max_length` its tokens with the prompt.
     """
 
@@ -276,9 +275,8 @@ class Engine:
         tokens, is_finished = output.token_ids, output.is_finished
         if stats.hidden_tokens is None:
             stats.hidden_tokens = hidden_tokens(self.tokenizer, sequence, tokens)
-        is_known = stats.hidden_tokens is not None
-        hidden = stats.hidden_tokens if stats.hidden_tokens is not None else len(tokens)
-        if is_known and params.max_visible_tokens is not None:
+        hidden = len(tokens) if stats.hidden_tokens is None else stats.hidden_tokens
+        if stats.hidden_tokens is not None and params.max_visible_tokens is not None:
             limit = hidden + params.max_visible_tokens
             tokens, is_finished = tokens[:limit], is_finished or len(tokens) >= limit
         stopped = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
