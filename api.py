@@ -7,7 +7,7 @@
 Endpoints:
     POST /                     an answer in frames: `<^>` and the whole text so far
     GET  /                     a page to chat on; for curl, how to ask
-    GET  /health               whether it can answer, and how busy it is
+    GET  /health               whether it can answer; /status, /metrics: how busy it is
     GET  /docs                 every route and field, to try in a browser
     GET, POST /stream          an answer as server-sent events      (server/sse.py)
     POST /v1/chat/completions  an answer in OpenAI's format         (server/openai_api.py)
@@ -42,7 +42,7 @@ from starlette.exceptions import HTTPException
 import chatglm
 from chatglm.text.messages import extend_history, to_messages
 from chatglm.text.tools import published_response, tool_names
-from server import openai_api, sse
+from server import metrics, openai_api, sse
 from server.answers import shown
 from server.bodies import ChatBody, History, RepetitionPenalty, Seed, Stop, Temperature, TopP
 from server.browsers import Browsers
@@ -194,6 +194,7 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         timeout=settings.timeout,
     ) as engine:
         app.state.engine, app.state.preparation = engine, FairPool()
+        app.state.metrics = metrics.Metrics(engine)
         yield
 
 
@@ -216,6 +217,7 @@ app = FastAPIOffline(redoc_url=None, title="A ChatGLM chat server", lifespan=lif
 app.include_router(router)
 app.include_router(sse.make_router(Chat))
 app.include_router(openai_api.router)
+app.include_router(metrics.router)
 app.add_middleware(Browsers)
 app.add_middleware(Heads)
 app.add_exception_handler(HTTPException, error_response)

@@ -9,6 +9,7 @@
     http_errors.py  where a 400, 401, 403, 408, 413, 429, 431 or 503 gets its form
     responses.py    an answer on its way to a client that may disconnect
     answers.py, stops.py    an answer up to a stop sequence, with calls; several at once
+    metrics.py      /metrics and /status
     headers.py      request ids, unknown fields, HEAD
     uvicorn_http1.py    offers to upgrade, and HTTP/1.0
     sse.py          /stream, server-sent events

@@ -26,13 +26,14 @@ from dataclasses import replace
 from torch.utils.hooks import RemovableHandle
 
 from chatglm.engine.queue import AdmissionQueue
-from chatglm.engine.sequence import Chunk, LatestOutput, Output, RequestStats, Sequence
+from chatglm.engine.sequence import Chunk, LatestOutput, Output, Sequence
+from chatglm.engine.statistics import EngineStatistics, RequestStats
 from chatglm.engine.transformers_batch import Batch
 from chatglm.errors import EngineError, InvalidField
 from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
 from chatglm.sampling import SamplingParams, check_room
-from chatglm.text.continuation import HIDDEN_TOKENS, encode_begun, hidden_tokens
+from chatglm.text.continuation import HIDDEN_TOKENS, encode_prompt, hidden_tokens
 from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.messages import count_characters, extend_history, to_messages
 from chatglm.text.tools import published_response, tool_names
@@ -67,6 +68,7 @@ class Engine:
         self._admission = AdmissionQueue(
             max_concurrency, max_waiting, self._join_batch, self._leave_batch
         )
+        self.statistics = EngineStatistics()
         self._batch: Batch | None = None
         self._thread_policy: RemovableHandle | None = None
         self._request_numbers = itertools.count()
@@ -81,6 +83,11 @@ class Engine:
     @property
     def waiting(self) -> int:
         return len(self._admission.waiting)
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of the KV cache that is reserved for those who run, from 0 to 1."""
+        return self._admission.reserved_blocks / max(1, self._admission.num_blocks)
 
     @property
     def running(self) -> bool:
@@ -156,13 +163,7 @@ class Engine:
         characters = count_characters(messages, most)
         if characters > most:
             check_room(characters // longest, max_length, context, exact=False)
-        begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-        if begun:
-            input_ids, between = encode_begun(self.tokenizer, messages)
-            forced_prefix = between + begun
-        else:
-            input_ids = self.tokenizer.encode_chat(messages)
-            input_ids += self.tokenizer.encode(forced_prefix) if forced_prefix else []
+        input_ids, prefix, begun = encode_prompt(self.tokenizer, messages, forced_prefix)
         max_new_tokens = check_room(len(input_ids), max_length, context)
         if params.max_new_tokens is not None:
             max_new_tokens = min(max_new_tokens, params.max_new_tokens)
@@ -170,7 +171,7 @@ class Engine:
             max_new_tokens = min(max_new_tokens, params.max_visible_tokens + HIDDEN_TOKENS)
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(32))
-        return Sequence(input_ids, max_new_tokens, params, forced_prefix, len(begun.lstrip()))
+        return Sequence(input_ids, max_new_tokens, params, prefix, begun)
 
     async def submit(self, sequence: Sequence, client: str = "") -> AsyncGenerator[Chunk, None]:
         """Queues it, and returns the chunks of its answer. Raises QueueFull, or EngineError.
@@ -224,14 +225,13 @@ class Engine:
             sequence.latest.close()
             self._leave_batch(sequence)
             self._admission.release(sequence)
-            logger.info("%s", sequence.stats)
+            self.statistics.finish(sequence.stats)
 
     def _enqueue(self, sequence: Sequence) -> None:
         assert self._batch is not None
         sequence.request_id = f"request-{next(self._request_numbers)}"
-        sequence.stats = RequestStats(
-            sequence.request_id, len(sequence.input_ids), sequence.trace_id
-        )
+        names = sequence.request_id, sequence.trace_id
+        sequence.stats = RequestStats(names[0], len(sequence.input_ids), names[1])
         # The place is given back with the last token, even if its reader has stopped reading.
         sequence.latest = LatestOutput(lambda: self._admission.release(sequence))
         tokens = len(sequence.input_ids) + sequence.max_new_tokens
@@ -281,7 +281,7 @@ class Engine:
             tokens, is_finished = tokens[:limit], is_finished or len(tokens) >= limit
         stopped = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
         detokenizer.push(tokens[stats.completion_tokens : len(tokens) - stopped])
-        stats.record(len(tokens))
+        self.statistics.count(stats, len(tokens))
         if is_finished:
             stats.finish_reason = "stop" if stopped else "length"
         text = detokenizer.finish() if is_finished else detokenizer.text

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from chatglm.engine.statistics import RequestStats
 from chatglm.errors import EngineError
 from chatglm.sampling import SamplingParams, TokenLogprob
 
@@ -155,31 +155,3 @@ class LatestOutput:
         self._throttle = None
         if self._output is not seen:
             self._arrived.set()
-
-
-class RequestStats:
-    """Counts and times of one request, for its line in the log."""
-
-    def __init__(self, request_id: str, prompt_tokens: int, trace_id: str = "") -> None:
-        self.request_id, self.trace_id = request_id, trace_id
-        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
-        self.finish_reason: str | None = None  # None: the reader disconnected
-        self.hidden_tokens: int | None = None  # before the first visible one; None: not yet known
-        self.arrived = self.first_token = self.last_token = time.perf_counter()
-
-    def record(self, completion_tokens: int) -> None:
-        self.last_token = time.perf_counter()
-        if not self.completion_tokens:
-            self.first_token = self.last_token
-        self.completion_tokens = completion_tokens
-
-    def __str__(self) -> str:
-        words = {"stop": "finished", "error": "failed", None: "cancelled"}
-        ended = words.get(self.finish_reason, self.finish_reason)
-        seconds = self.last_token - self.first_token
-        speed = (self.completion_tokens - 1) / seconds if seconds > 0 else 0
-        trace = f", X-Request-Id {self.trace_id}" if self.trace_id else ""
-        return (
-            f"{self.request_id}: {ended}, {self.prompt_tokens} + {self.completion_tokens} tokens, "
-            f"first after {self.first_token - self.arrived:.2f} s, {speed:.0f} tokens/s{trace}"
-        )

@@ -15,6 +15,19 @@ if TYPE_CHECKING:
 HIDDEN_TOKENS = 32
 
 
+def encode_prompt(
+    tokenizer: Tokenizer, messages: list[dict], forced_prefix: str
+) -> tuple[list[int], str, int]:
+    """The ids up to where the model goes on; the text with which its answer begins; and how many
+    characters of that the client has begun itself."""
+    begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+    if begun:
+        input_ids, between = encode_begun(tokenizer, messages)
+        return input_ids, between + begun, len(begun.lstrip())
+    forced_ids = tokenizer.encode(forced_prefix) if forced_prefix else []
+    return tokenizer.encode_chat(messages) + forced_ids, forced_prefix, 0
+
+
 def encode_begun(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], str]:
     """The ids of a conversation up to where the last message, the assistant's, breaks off; and what
     the chat format writes between the assistant's role and that message.
