@@ -30,6 +30,8 @@ HONEST, STRANGERS = 60, 12
 PAUSE = 0.5  # seconds, on average, that a stranger rests between two attacks
 IDLE = 150  # connections on which nothing is asked
 ENOUGH = 30  # seconds after which a stranger gives up
+LATEST = 100  # milliseconds in which GET /health must answer
+GROWTH = 100  # MiB by which memory may have grown: the allocator keeps some
 ALONE = 0.25  # share of the time in which the honest are among themselves
 V1, HI = "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "hi"}], '
 TOOL = HI + b'"tools": [{"type": "function", "function": {"name": "f", '
@@ -223,8 +225,14 @@ def main(settings: argparse.Namespace) -> int:
     text = json.dumps(result, ensure_ascii=False, indent=1)
     (settings.out / "hostile.json").write_text(text + "\n", "utf-8")
     print(text)
-    times = figures["seconds of an answer, median"]
-    failed = any(faults.values()) or figures["left"] or times["beside"] > 1.5 * times["alone"]
+    times, memory = figures["seconds of an answer, median"], figures["memory, MiB"]
+    failed = (
+        any(faults.values())
+        or figures["left"]
+        or times["beside"] > 1.5 * times["alone"]
+        or figures["health, ms"]["beside"]["p100"] > LATEST
+        or memory["after"] > memory["before"] + GROWTH
+    )
     print("FAILED" if failed else "no honest client was lost, mixed up, stuck or much slowed")
     return int(bool(failed))
 

@@ -537,4 +537,5 @@ def test_fetch_event_source_on_a_foreign_page_shows_the_answer_grow_to_its_end(d
         )
         heard = listened(driver, server, "heard.at(-1) === 'closed'")
     assert heard[-2:] == ["[DONE]", "closed"] and "".join(heard).count("[DONE]") == 1
-    assert all(json.loads(data)["text"] for data in heard[:-2])
+    *events, last = map(json.loads, heard[:-2])
+    assert events and all(event["text"] for event in events) and last["finish_reason"]
