@@ -10,9 +10,9 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
+from test_api import ENDLESS, ask
 from tests.plugin import API
 from tests.servers import LIMIT, busy, shared, until
-from test_api import ENDLESS, ask
 
 V1 = "/v1/chat/completions"
 SECRET = "什么是 HTTP？"
