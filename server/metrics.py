@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client import generate_latest as to_text
 
@@ -63,7 +63,7 @@ class Metrics:
 router = APIRouter()
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Counts and times, for Prometheus."""
     text = to_text(request.app.state.metrics.registry)

@@ -51,10 +51,13 @@ def test_a_client_that_holds_every_place_gives_some_to_one_who_comes_later(loade
 
 def test_an_answer_that_was_paused_goes_on_as_if_it_had_not_been(loaded):
     def long_ones(engine):
-        """They never end by themselves."""
-        endless = {"temperature": 1, "repetition_penalty": 0.5, "max_new_tokens": 400}
-        messages = to_messages("Count from 1 to 100")
-        return [engine.prepare(messages, SamplingParams(seed=seed, **endless)) for seed in range(6)]
+        """They do not end by themselves, see ENDLESS."""
+        return [
+            engine.prepare(
+                to_messages("你好"), SamplingParams(temperature=0, max_new_tokens=400 + number)
+            )
+            for number in range(6)
+        ]
 
     async def alone(engine):
         return [await answer(engine, each) for each in long_ones(engine)]
@@ -62,6 +65,9 @@ def test_an_answer_that_was_paused_goes_on_as_if_it_had_not_been(loaded):
     async def interrupted(engine):
         sequences = long_ones(engine)
         greedy = [asyncio.create_task(answer(engine, each, "a")) for each in sequences]
+        await asyncio.sleep(0)
+        while any(not each.latest.token_ids for each in engine._admission.running):
+            await asyncio.sleep(0)
         for number in range(20):
             await answer(engine, prepare(engine, 1, 2), f"other {number % 3}")
         answers = [await task for task in greedy]

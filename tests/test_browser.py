@@ -491,7 +491,8 @@ def test_a_bare_eventsource_hears_the_answer_grow_and_asks_no_more_after_its_end
     heard = listened(page, server, "source.readyState === EventSource.CLOSED")
     assert heard.index("[DONE]") == len(heard) - 1
     texts = [json.loads(data) for data in heard[:-1]]
-    assert all(one["text"] for one in texts) and len({one["message_id"] for one in texts}) == 1
+    assert all(one["text"] for one in texts[:-1]) and texts[-1]["finish_reason"]
+    assert len({one["message_id"] for one in texts}) == 1
     assert page.execute_script(
         "return performance.getEntriesByType('resource').filter(one =>"
         " one.name.includes('/stream?')).map(one => one.responseStatus)"

@@ -698,4 +698,4 @@ def test_loading_takes_the_weights_and_one_shard(folder, large, ending):
         # pages of a mapped file are resident too, as long as nobody else needs the room
         mapped = 0 if dtype == torch.float32 else sum(sizes)
         assert 250e6 < weights < 350e6 and max(sizes) < 70e6
-        assert own < allowed and 0.9 * weights < resident < allowed + mapped, (own, resident)
+        assert own < allowed and 0.5 * weights < resident < allowed + mapped, (own, resident)

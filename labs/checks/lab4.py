@@ -88,11 +88,11 @@ def ends_soon(server: Hosted) -> bool:
 
 def goes_on(server: Hosted) -> bool:
     """Whether the model makes all the steps that it may, though no request is open. It has not
-    stopped before it has made none for a second."""
+    stopped before it has made none for three seconds."""
     server.host("allow", steps=STEPS)
     before, last = server.state()["steps"], -1
     while last != (last := server.state()["steps"]) and last < before + STEPS:
-        until(lambda last=last: server.state()["steps"] > last, 1)
+        until(lambda last=last: server.state()["steps"] > last, 3)
     return last >= before + STEPS
 
 
