@@ -29,7 +29,7 @@ from chatglm.checkpoint.files import TINY, read_json
 from chatglm.checkpoint.memory import check_memory
 from chatglm.checkpoint.quantize import pick_quantization
 from chatglm.checkpoint.tokenizers import load_chatglm_tokenizer
-from chatglm.engine.transformers_batch import CPU_BATCH_TOKENS
+from chatglm.engine.cache_config import CPU_BATCH_TOKENS
 from chatglm.hardware.device import GIB, pick_device, pick_dtype
 from chatglm.hardware.threads import single_threaded
 

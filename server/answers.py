@@ -24,11 +24,11 @@ def shown(admitted: Admitted[Body]) -> tuple[Body, AsyncGenerator[Chunk, None]]:
     return body, visible(admitted.answers[0], tool_names(getattr(body, "history", [])), body.stops)
 
 
-async def visible(
+async def until_stop(
     chunks: AsyncGenerator[Chunk, None], names: list[str], stops: list[str]
-) -> AsyncGenerator[Chunk, None]:
-    """The chunks up to a stop sequence. A call of one of `names` comes at once, in the model's own
-    form: the name, a line end, the arguments."""
+) -> AsyncGenerator[tuple[Chunk, ToolCall | None], None]:
+    """The chunks up to a stop sequence, which ends the last one's text. What may still become a
+    call of one of `names` is held back; a call comes with the last chunk."""
     search = StopSearch(stops)
     async with aclosing(chunks):
         async for chunk in chunks:
@@ -36,15 +36,26 @@ async def visible(
             if not ended and names and may_be_call(chunk.raw, names):
                 continue
             if ended and (call := read_call(chunk.raw, names)):
-                written = chunk.raw.partition("\n")[2].strip()
-                yield replace(chunk, text=f"{call.name}\n{written}")
+                yield chunk, call
                 return
             text, stopped = search.before_stop(chunk.text, ended)
-            yield replace(
-                chunk, text=text, finish_reason="stop" if stopped else chunk.finish_reason
-            )
+            reason = "stop" if stopped else chunk.finish_reason
+            yield replace(chunk, text=text, finish_reason=reason), None
             if stopped:
                 return
+
+
+async def visible(
+    chunks: AsyncGenerator[Chunk, None], names: list[str], stops: list[str]
+) -> AsyncGenerator[Chunk, None]:
+    """The chunks up to a stop sequence. A call comes in the model's own form: the name, a line end,
+    the arguments."""
+    async with aclosing(until_stop(chunks, names, stops)) as until_end:
+        async for chunk, call in until_end:
+            if call:
+                written = chunk.raw.partition("\n")[2].strip()
+                chunk = replace(chunk, text=f"{call.name}\n{written}")
+            yield chunk
 
 
 class Delta(NamedTuple):
@@ -62,23 +73,14 @@ async def deltas(
 ) -> AsyncGenerator[Delta, None]:
     """Text as it comes, up to a stop sequence; a call of one of `names` once it is complete. The
     last one has a `finish_reason`."""
-    search = StopSearch(stops)
     sent = told = 0  # characters, and log-probabilities
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            reason = chunk.finish_reason
-            if not reason and names and may_be_call(chunk.raw, names):
-                continue
-            if reason and (call := read_call(chunk.raw, names)):
-                yield Delta("", call, "tool_calls", chunk, chunk.logprobs[told:])
-                return
-            text, stopped = search.before_stop(chunk.text, ended=reason is not None)
-            reason = "stop" if stopped else reason
-            if len(text) > sent or reason:
-                yield Delta(text[sent:], None, reason, chunk, chunk.logprobs[told:])
-                sent, told = len(text), len(chunk.logprobs)
-            if reason:
-                return
+    async with aclosing(until_stop(chunks, names, stops)) as until_end:
+        async for chunk, call in until_end:
+            text = "" if call else chunk.text[sent:]
+            reason = "tool_calls" if call else chunk.finish_reason
+            if text or reason:
+                yield Delta(text, call, reason, chunk, chunk.logprobs[told:])
+                sent, told = len(chunk.text), len(chunk.logprobs)
 
 
 async def merged(

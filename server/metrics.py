@@ -6,16 +6,22 @@ GET /status     a page for a teacher, which refreshes by itself
 
 from __future__ import annotations
 
+import collections
 import statistics
-from collections import Counter as count
 from html import escape
 from pathlib import Path
 from string import Template
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client import generate_latest as to_text
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 
 import chatglm
 from chatglm.engine.statistics import RequestStats
@@ -66,7 +72,7 @@ router = APIRouter()
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Counts and times, for Prometheus."""
-    text = to_text(request.app.state.metrics.registry)
+    text = generate_latest(request.app.state.metrics.registry)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
@@ -75,7 +81,7 @@ async def status(request: Request) -> HTMLResponse:
     """A page with what is under way, and what the last hundred requests took."""
     engine: chatglm.Engine = request.app.state.engine
     recent = list(engine.statistics.recent)
-    ends = count(stats.end for stats in recent)
+    ends = collections.Counter(stats.end for stats in recent)
     waits = [s.seconds_to_first_token for s in recent if s.seconds_to_first_token is not None]
     speeds = [1 / s.seconds_per_token for s in recent if s.seconds_per_token]
     return HTMLResponse(

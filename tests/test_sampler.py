@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from chatglm import sampling
-from chatglm.engine import transformers_sampler
-from chatglm.engine.transformers_sampler import SamplerProcessor
+from chatglm.engine import transformers_batch
+from chatglm.engine.transformers_batch import SamplerProcessor
 from chatglm.sampling import choose, draw_above_floor, gumbel_noise, penalise
 
 ROWS = 40_000
@@ -167,5 +167,5 @@ def test_a_graph_penalises_whatever_python_thinks(monkeypatch):
     expected = processor(None, scores, rows)
     assert expected.argmax(-1).tolist()[1] == 8 != expected.argmax(-1).tolist()[0]
     processor.penalising = False
-    monkeypatch.setattr(transformers_sampler, "can_branch", lambda device: False)
+    monkeypatch.setattr(transformers_batch, "can_branch", lambda device: False)
     assert torch.equal(processor(None, scores, rows), expected)

@@ -31,16 +31,15 @@ import chatglm
 from bench.sizes import CHATGLM3_6B
 from chatglm.checkpoint.conversion import translate_config
 from chatglm.checkpoint.tensors import Computed
-from chatglm.engine import transformers_batch
+from chatglm.engine import cache_config as cache_settings
+from chatglm.engine.cache_config import cache_config
 from chatglm.engine.prefix_attention import prefixed_sdpa
-from chatglm.engine.transformers_batch import WholePromptScheduler, cache_config
-from chatglm.engine.transformers_sampler import SamplerProcessor
+from chatglm.engine.transformers_batch import SamplerProcessor, WholePromptScheduler
 from chatglm.text.messages import to_messages
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "chatglm3"
 BATCH, ATTENTION = "chatglm/engine/transformers_batch.py", "chatglm/engine/cpu_attention.py"
-SAMPLER = "chatglm/engine/transformers_sampler.py"
 PREFIX = "chatglm/engine/prefix_attention.py"
 CONVERSION = "chatglm/checkpoint/conversion.py"
 
@@ -111,18 +110,18 @@ PARTS = {
         lambda seen: type(seen.manager.batch_processor.logit_processor) is SamplerProcessor,
     ),
     "a logits processor tells its settings, its rows, and whether it does anything": (
-        SAMPLER,
+        BATCH,
         lambda: (
             {"supported_keys", "ignored_keys", "tensors_required", "do_processing"}
             <= set(vars(SamplerProcessor(4, 1, torch.device("cpu"))))
         ),
     ),
     "a logits processor is called with the ids, the scores and its rows": (
-        SAMPLER,
+        BATCH,
         lambda: len(arguments(Processors.__call__)) == len(arguments(SamplerProcessor.__call__)),
     ),
     "a logits processor fills its rows by these methods": (
-        SAMPLER,
+        BATCH,
         lambda: (
             arguments(Processors.fill_defaults) == ["self", "int32_tensor"]
             and arguments(Processors.prepare_tensor_args)
@@ -130,11 +129,11 @@ PARTS = {
         ),
     ),
     "a request in a step tells its state and whether it gets a token": (
-        SAMPLER,
+        BATCH,
         lambda seen: hasattr(seen.request, "state") and hasattr(seen.request, "has_new_token"),
     ),
     "a request's state has its settings, its prompt, its answer and its position": (
-        SAMPLER,
+        BATCH,
         lambda seen: (
             isinstance(seen.request.state.logit_processor_kwargs["temperature"], float)
             and isinstance(seen.request.state.initial_tokens, list)
@@ -268,7 +267,7 @@ def test_transformers_still_has_this_part(request, part):
 
 
 def test_flash_attention_is_left_to_half_precision(monkeypatch):
-    monkeypatch.setattr(transformers_batch, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(cache_settings, "is_flash_attn_2_available", lambda: True)
     for dtype, switches in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
         model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
         assert cache_config(model, 2).auto_switch_to_flash == switches
@@ -293,11 +292,11 @@ def test_a_gpu_has_room_for_so_many_conversations(monkeypatch, gigabytes, conver
     assert blocks * settings.page_size // 2048 == conversations
 
 
-def test_only_three_files_know_the_inside_of_continuous_batching():
+def test_only_two_files_know_the_inside_of_continuous_batching():
     inside = re.compile("transformers.generation.continuous_batching")
     files = [ROOT / "api.py", ROOT / "client.py"]
     files += [file for name in ("chatglm", "server") for file in (ROOT / name).rglob("*.py")]
     known = {
         str(file.relative_to(ROOT)) for file in files if inside.search(file.read_text("utf-8"))
     }
-    assert {Path(name).as_posix() for name in known} == {BATCH, SAMPLER, ATTENTION}
+    assert {Path(name).as_posix() for name in known} == {BATCH, ATTENTION}

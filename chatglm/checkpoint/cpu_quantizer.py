@@ -103,10 +103,23 @@ class CpuQuantizer(HfQuantizer):
         return False
 
 
-class Shrink(ConversionOps):
+class ToWorkers(ConversionOps):
+    """An operation of transformers' loading that leaves the model's matrices to the workers."""
+
     def __init__(self, quantizer: CpuQuantizer) -> None:
         self.hf_quantizer = quantizer
 
+
+def module_of(name: str, about: dict[str, Any]) -> Any:
+    return about["model"].get_submodule(name.rpartition(".")[0])
+
+
+def count_as_found(name: str, about: dict[str, Any]) -> None:
+    """What a worker puts into the model is not missing."""
+    about["missing_keys"].difference_update(f"{name}{suffix}" for suffix in ("", "_scale"))
+
+
+class Shrink(ToWorkers):
     def convert(
         self,
         input_dict: dict[str, Any],
@@ -119,8 +132,8 @@ class Shrink(ConversionOps):
         left = {}
         for name, value in input_dict.items():
             matrix = value[0] if isinstance(value, list) else value
-            module = about["model"].get_submodule(name.rpartition(".")[0])
-            about["missing_keys"].difference_update(f"{name}{suffix}" for suffix in ("", "_scale"))
+            module = module_of(name, about)
+            count_as_found(name, about)
             if matrix.shape != (module.out_features, module.in_features):
                 left[name] = matrix  # load_weights finds it there, and says so
             else:
@@ -128,10 +141,7 @@ class Shrink(ConversionOps):
         return left
 
 
-class Restore(ConversionOps):
-    def __init__(self, quantizer: CpuQuantizer) -> None:
-        self.hf_quantizer = quantizer
-
+class Restore(ToWorkers):
     def convert(
         self,
         input_dict: dict[str, Any],
@@ -141,11 +151,11 @@ class Restore(ConversionOps):
     ) -> dict[str, Any]:
         """As Shrink does, from `weight` and `weight_scale` as they were saved."""
         name = about["full_layer_name"]
-        module = about["model"].get_submodule(name.rpartition(".")[0])
+        module = module_of(name, about)
         if not isinstance(module, PackedLinear):
             return input_dict
         weights = {part: value[0] for part, value in input_dict.items()}
-        about["missing_keys"].difference_update(f"{name}{suffix}" for suffix in ("", "_scale"))
+        count_as_found(name, about)
         expected = module.stored(module.in_features, module.out_features)
         if any(weights[part].shape != shape for part, (shape, _) in expected.items()):
             return {name: weights["weight"]}

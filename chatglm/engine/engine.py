@@ -229,9 +229,8 @@ class Engine:
 
     def _enqueue(self, sequence: Sequence) -> None:
         assert self._batch is not None
-        sequence.request_id = f"request-{next(self._request_numbers)}"
-        names = sequence.request_id, sequence.trace_id
-        sequence.stats = RequestStats(names[0], len(sequence.input_ids), names[1])
+        sequence.request_id = request_id = f"request-{next(self._request_numbers)}"
+        sequence.stats = RequestStats(request_id, len(sequence.input_ids), sequence.trace_id)
         # The place is given back with the last token, even if its reader has stopped reading.
         sequence.latest = LatestOutput(lambda: self._admission.release(sequence))
         tokens = len(sequence.input_ids) + sequence.max_new_tokens
