@@ -6,10 +6,13 @@ logits first, and then use it to judge shapes of which there is no golden data.
 """
 
 import functools
+import importlib.util
 import json
+import os
 import pathlib
 import shutil
 
+import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,12 @@ import chatglm
 torch.set_num_threads(1)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+INT4_IS_MISSING = "CI" not in os.environ and not importlib.util.find_spec("onnxruntime")
+# What parametrises a test of small weights: int4 needs a package that a person may lack.
+KINDS = [
+    "int8",
+    pytest.param("int4", marks=pytest.mark.skipif(INT4_IS_MISSING, reason="no onnxruntime here")),
+]
 
 
 def _norm(x, weight, epsilon):

@@ -25,6 +25,12 @@ LEFT_OUT = {
     "test_fuzz.py": "random requests",
     "test_hubs.py": "downloads",
     "test_devices.py": "networks on several devices",
+    "test_strangers.py": "hostile requests",
+    "test_chatglm1.py": "the first ChatGLM",
+    "test_packed.py": "quantised weights",
+    "test_ptuning.py": "adapters",
+    "test_lora.py": "adapters",
+    "test_tiny.py": "held-out questions",
 }
 
 # In the background of a shell script Ctrl-C is ignored, and what the tests start would inherit it.

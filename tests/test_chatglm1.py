@@ -14,7 +14,7 @@ from chatglm.hardware.cpu_linear import PackedLinear
 from chatglm.text.chatglm1 import ChatGLM1Tokenizer
 from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.messages import to_messages
-from tests.original import golden, write_json
+from tests.original import KINDS, golden, write_json
 from tests.original1 import (
     CHATGLM1,
     golden1_config,
@@ -117,7 +117,7 @@ def test_a_prompt_may_be_padded_on_its_left():
     assert out[0, ids.shape[1] :].tolist() == chat["greedy_next_24"]
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_matrices_of_the_layers_can_be_made_small(tmp_path, kind):
     config = golden1_config(num_layers=2, hidden_size=64, inner_hidden_size=128)
     state = random1_state(config)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import chatglm
 from tests.original import (
     GOLDEN,
+    KINDS,
     golden,
     golden_config,
     golden_state,
@@ -173,7 +174,7 @@ def test_an_adapter_is_added_to_a_packed_base(tmp_path):
     assert is_network(load(tmp_path, folder)[1], merge(full, tensors, 1))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_sum_can_be_made_small(tmp_path, kind):
     config = golden_config(ffn_hidden_size=128)
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import chatglm
 from chatglm.checkpoint.tensors import unpack, unpack_rows
 from chatglm.text.messages import to_messages
-from tests.original import GOLDEN, golden_config, publish, random_state
+from tests.original import GOLDEN, KINDS, golden_config, publish, random_state
 
 MATRICES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 NAMES = ["chatglm2-int4"]
@@ -100,7 +100,7 @@ def test_nothing_is_unpacked_before_it_is_read():
     assert full["a.weight"].get_shape() == [4, 8] == list(full["a.weight"][...].shape)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_unpacked_weights_can_be_made_small_again(tmp_path, kind):
     config = golden_config(ffn_hidden_size=128)
     packed, full = packed_state(random_state(config), 4)

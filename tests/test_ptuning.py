@@ -14,6 +14,7 @@ from chatglm.engine.cpu_glm import FusedGlmMixin
 from chatglm.text.messages import to_messages
 from tests.original import (
     GOLDEN,
+    KINDS,
     golden,
     golden_config,
     golden_state,
@@ -111,7 +112,7 @@ def test_a_config_that_asks_for_a_prefix_may_have_none(tmp_path):
     assert torch.equal(answers(load(tmp_path)[1]), answers(golden("chatglm2")[1]))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_base_made_small_keeps_its_prefix(tmp_path, kind):
     config = golden_config("chatglm2", ffn_hidden_size=128)
     publish(tmp_path, config, random_state(config), "chatglm2")

@@ -23,11 +23,10 @@ from chatglm.checkpoint.memory import check_memory, needed_bytes
 from chatglm.hardware.cpu_linear import PackedLinear
 from chatglm.text.messages import to_messages
 from chatglm.tiny.evaluation import answer
-from tests.original import GOLDEN, golden_config, native, publish, random_state, shapes
+from tests.original import GOLDEN, KINDS, golden_config, native, publish, random_state, shapes
 from tests.servers import LIMIT
 from tests.test_tiny import lines
 
-KINDS = ["int8", "int4"]
 # Of the length of the full network's logits. The golden networks' numbers are random, which is
 # coarser than trained ones; a matrix in the wrong place would give over 1.
 NEAR = {"int8": 0.02, "int4": 0.10}
