@@ -17,6 +17,7 @@ import requests
 from labs.program import ENVIRONMENT, ROOT, until
 from labs.verdict import Wrong
 
+PATIENCE = 8  # seconds
 SESSION = requests.Session()
 SESSION.trust_env = False  # http_proxy is the way to other machines
 
@@ -85,12 +86,16 @@ class Hosted:
     def state(self) -> dict:
         return self.host("state")
 
+    def error(self, is_broken: bool) -> str:
+        """Why the last request failed, if it did. A client may know sooner that it did."""
+        return until(lambda: self.state()["error"], PATIENCE if is_broken else 0)
+
     def request(self, method: str, path: str, **options) -> requests.Response:
         return SESSION.request(method, self.url + path, timeout=60, **options)
 
     def require_status(self, response: requests.Response, status: int, what: str) -> None:
         if response.status_code != status:
-            error = self.state()["error"]
+            error = self.error(response.status_code == 500)
             because_zh, because_en = (
                 (f"，因为 {error}", f", because of {error}") if error else ("", "")
             )

@@ -22,7 +22,7 @@ def check(file: Path) -> None:
 
 def ask(server: Hosted, prompt: str, history: list | None = None) -> str:
     reader = Reader(server.url, prompt=prompt, history=history or [], temperature=0).wait()
-    error = server.state()["error"]
+    error = server.error(not reader.whole)
     require(
         reader.whole and reader.answer and not error,
         f"回答中断了：{error or '没有一帧完整的回答'}",
@@ -89,8 +89,8 @@ def ends_soon(server: Hosted) -> bool:
 def goes_on(server: Hosted) -> bool:
     """Whether the model makes all the steps that it may, though no request is open. It has not
     stopped before it has made none for three seconds."""
-    server.host("allow", steps=STEPS)
     before, last = server.state()["steps"], -1
+    server.host("allow", steps=STEPS)
     while last != (last := server.state()["steps"]) and last < before + STEPS:
         until(lambda last=last: server.state()["steps"] > last, 3)
     return last >= before + STEPS

@@ -6,11 +6,9 @@ from pathlib import Path
 import requests
 
 from labs.checks.lab4 import ask, check_hang_up, ends_soon, held_in_an_answer
-from labs.hosted import SESSION, Hosted, Reader, hosted
+from labs.hosted import PATIENCE, SESSION, Hosted, Reader, hosted
 from labs.program import until
 from labs.verdict import require
-
-PATIENCE = 8  # seconds for an answer to /health, for which nothing has to be computed
 
 
 def check(file: Path) -> None:

@@ -38,7 +38,7 @@ def check(file: Path) -> None:
 
 def check_server(server) -> None:
     reader = Reader(server.url, prompt=PROMPT).wait()
-    error = server.state()["error"]
+    error = server.error(not reader.whole)
     require(
         reader.whole,
         f"服务器没有发完回答：{error}",
