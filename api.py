@@ -132,11 +132,11 @@ async def whole(chunks: AsyncGenerator[chatglm.Chunk, None], body: Chat) -> dict
         async for chunk in chunks:
             pass  # the last one has all the text
     names = tool_names(body.history)
-    response, metadata, content = published_response(chunk.raw, chunk.text, names)
+    response, messages = published_response(chunk.raw, chunk.text, names)
     return {
         "response": response,
         "status": 200,
-        "history": extend_history(body.history, body.prompt, content, metadata=metadata),
+        "history": extend_history(body.history, body.prompt, messages),
         "finish_reason": chunk.finish_reason,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

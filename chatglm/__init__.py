@@ -8,9 +8,10 @@ Reading order (api.py, client.py and server/ are beside this folder). First sitt
 client.py, generate.py, sampling.py, text/messages.py, text/tokenizer.py, text/chatglm2.py,
 text/rounds.py, text/detokenizer.py, engine/engine.py, engine/sequence.py, engine/statistics.py,
 engine/queue.py. Second: engine/transformers_batch.py, engine/cache_config.py, engine/rows.py,
-text/continuation.py, errors.py, server/, text/tools.py. Third: checkpoint/, hardware/,
-engine/cpu_attention.py, engine/prefix_attention.py, engine/contexts.py, engine/cpu_glm.py,
-engine/cpu_cache.py, text/time_limit.py, text/template.py, text/glm4.py, text/chatglm1.py, tiny/.
+text/continuation.py, errors.py, server/, text/tools.py, text/forms.py, text/constraint.py. Third:
+checkpoint/, hardware/, engine/cpu_attention.py, engine/prefix_attention.py, engine/contexts.py,
+engine/cpu_glm.py, engine/cpu_cache.py, text/time_limit.py, text/template.py, text/glm4.py,
+text/chatglm1.py, tiny/.
 """
 
 from chatglm.checkpoint.load import load

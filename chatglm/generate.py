@@ -69,13 +69,13 @@ class ChatMixin:
             visible = tokenizer.visible(detokenizer.text, finished=False)
             if visible != text:
                 text = visible
-                yield text, extend_history(history, query, text, role)
+                yield text, extend_history(history, query, [("", text)], role)
         # 3. What was held back until it was clear that no more comes
         raw = detokenizer.finish()
         text = tokenizer.visible(raw, finished=True)
         names = tool_names(list(history or []))
-        response, metadata, content = published_response(raw, text, names)
-        yield response, extend_history(history, query, content, role, metadata)
+        response, messages = published_response(raw, text, names)
+        yield response, extend_history(history, query, messages, role)
 
 
 def generate_tokens(

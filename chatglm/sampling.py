@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from chatglm.errors import PromptTooLong
+from chatglm.errors import InvalidField, PromptTooLong
 
 DEFAULT_MAX_LENGTH = 2048  # tokens of prompt and answer on POST /; the KV cache is made for these
 COLDEST = 1e-5  # the lowest temperature that is divided by
@@ -78,6 +78,15 @@ class Bias:
             if token not in self._present:
                 self.values[token] -= self.params.presence_penalty
                 self._present.add(token)
+
+
+def check_params(params: SamplingParams, vocab_size: int, offers_logprobs: bool) -> None:
+    """Raises InvalidField for what this model or this batch cannot do."""
+    if params.logprobs is not None and not offers_logprobs:
+        raise InvalidField("logprobs", "are not available with CUDA graphs; leave it out")
+    for token, _ in params.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise InvalidField("logit_bias", f"names {token}, which is no token of this model")
 
 
 def check_room(prompt_tokens: int, max_length: int, context: int, exact: bool = True) -> int:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from chatglm import Chunk
 from chatglm.sampling import TokenLogprob
-from chatglm.text.tools import ToolCall, may_be_call, read_call, tool_names
+from chatglm.text.tokenizer import split_messages
+from chatglm.text.tools import ToolCall, may_be_call, read_call, tool_names, words_before_call
 from server.incoming import Admitted, Body
 from server.stops import StopSearch
 
@@ -53,8 +54,9 @@ async def visible(
     async with aclosing(until_stop(chunks, names, stops)) as until_end:
         async for chunk, call in until_end:
             if call:
-                written = chunk.raw.partition("\n")[2].strip()
-                chunk = replace(chunk, text=f"{call.name}\n{written}")
+                written = split_messages(chunk.raw)[-1].partition("\n")[2].strip()
+                parts = [words_before_call(chunk.raw), call.name, written]
+                chunk = replace(chunk, text="\n".join(filter(None, parts)))
             yield chunk
 
 
@@ -76,7 +78,7 @@ async def deltas(
     sent = told = 0  # characters, and log-probabilities
     async with aclosing(until_stop(chunks, names, stops)) as until_end:
         async for chunk, call in until_end:
-            text = "" if call else chunk.text[sent:]
+            text = (words_before_call(chunk.raw) if call else chunk.text)[sent:]
             reason = "tool_calls" if call else chunk.finish_reason
             if text or reason:
                 yield Delta(text, call, reason, chunk, chunk.logprobs[told:])

@@ -22,6 +22,7 @@ from pydantic import (
 
 from chatglm import InvalidField, SamplingParams
 from chatglm.errors import preview
+from chatglm.text.forms import AnswerForm
 from server.parsing import check_values, parse
 
 
@@ -147,9 +148,9 @@ class ChatBody(StrictModel):
     @abstractmethod
     def sampling_params(self) -> SamplingParams: ...
 
-    def forced_prefix(self) -> str:
-        """What the answer must begin with."""
-        return ""
+    def form(self) -> AnswerForm | None:
+        """What form the answer must have."""
+        return None
 
     @property
     def stops(self) -> list[str]:

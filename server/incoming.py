@@ -44,7 +44,7 @@ async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
         else:
             body = body_type.from_json(content)
         messages = body.to_messages()
-        sequence = engine.prepare(messages, body.sampling_params(), body.forced_prefix())
+        sequence = engine.prepare(messages, body.sampling_params(), body.form())
         return body, messages[-1]["content"], sequence
 
     client = client_of(request)

@@ -59,11 +59,11 @@ class ChatCompletionReply:
             async with aclosing(self.deltas):
                 async for i, delta in self.deltas:
                     self.last[i] = delta.chunk
+                    if delta.text or (delta.logprobs and not delta.call):
+                        yield self.chunk_event(i, {"content": delta.text}, delta)
                     if delta.call:
                         call = {"index": 0, **call_object(delta.call)}
                         yield self.chunk_event(i, {"tool_calls": [call]}, delta)
-                    elif delta.text or delta.logprobs:
-                        yield self.chunk_event(i, {"content": delta.text}, delta)
                     if delta.finish_reason:
                         yield self.chunk_event(i, {}, finish_reason=delta.finish_reason)
             if self.body.stream_options.include_usage:
@@ -132,7 +132,7 @@ class ChatCompletionReply:
 
 def message_object(text: str, call: ToolCall | None) -> dict:
     if call:
-        return {"role": "assistant", "content": None, "tool_calls": [call_object(call)]}
+        return {"role": "assistant", "content": text or None, "tool_calls": [call_object(call)]}
     return {"role": "assistant", "content": text}
 
 

@@ -15,7 +15,6 @@ from chatglm.errors import preview
 UNSUPPORTED: dict[str, list[Any]] = {
     "functions": [[]],
     "function_call": ["auto", "none", {}],
-    "response_format": [{"type": "text"}],
     "modalities": [["text"]],
     "audio": [{}],
     "web_search_options": [],

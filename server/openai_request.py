@@ -6,12 +6,13 @@ Format: https://platform.openai.com/docs/api-reference/chat/create
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from chatglm import InvalidField, SamplingParams
 from chatglm.errors import preview
+from chatglm.text.forms import AnswerForm, CallableTool, CallForm
 from chatglm.text.tools import declare, write_call
 from server.bodies import (
     ChatBody,
@@ -24,6 +25,7 @@ from server.bodies import (
     one_of,
 )
 from server.openai_fields import IGNORED, UNSUPPORTED, refuse_unsupported, without_unset
+from server.openai_forms import FunctionCall, NamedToolChoice, ResponseFormat, Tool, ToolChoice
 from server.parsing import check_values, parse
 
 ROLES = {"developer": "system", "tool": "observation", "function": "observation"}  # our names
@@ -51,11 +53,6 @@ Content = Annotated[
     str | Annotated[list[ContentPart | OtherPart], PARTS] | None,
     one_of('a string or a list of {"type": "text", "text": …} parts'),
 ]
-
-
-class FunctionCall(StrictModel):
-    name: str
-    arguments: str = Field("", description="a JSON object")
 
 
 class MessageToolCall(StrictModel):
@@ -94,22 +91,6 @@ def text_of(part: ContentPart | OtherPart, where: str) -> str:
     return part.text
 
 
-class FunctionDefinition(StrictModel):
-    name: str = Field(pattern=r"^[\w.-]{1,64}$")
-    description: str = ""
-    parameters: dict[str, Any] = Field({}, description="a JSON schema")
-
-
-class Tool(StrictModel):
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-class NamedToolChoice(StrictModel):
-    type: Literal["function"]
-    function: FunctionCall
-
-
 Penalty = Annotated[
     float, Field(ge=-2, le=2, description="over 0 discourages what the answer has already")
 ]
@@ -125,10 +106,6 @@ def check_number(biases: object) -> object:
 Biases = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(check_number)
 ]
-ToolChoice = Annotated[
-    Literal["none", "auto", "required"] | NamedToolChoice,
-    one_of('"none", "auto", "required" or {"type": "function", "function": {"name": …}}'),
-]
 
 
 class StreamOptions(StrictModel):
@@ -137,7 +114,7 @@ class StreamOptions(StrictModel):
 
 class ChatCompletionRequest(ChatBody):
     """A conversation to go on with. Fields that are not listed are ignored, but for those that
-    would change the answer (response_format, functions, …): they are refused. -1, 0 and "" count
+    would change the answer (functions, audio, …): they are refused. -1, 0 and "" count
     as absent where they can mean nothing."""
 
     IGNORED = IGNORED | UNSUPPORTED.keys()
@@ -170,6 +147,7 @@ class ChatCompletionRequest(ChatBody):
     stream_options: StreamOptions = StreamOptions()
     tools: Annotated[list[Tool], TOOLS] = []
     tool_choice: ToolChoice = "auto"
+    response_format: ResponseFormat = ResponseFormat(type="text")
 
     @property
     def num_answers(self) -> int:
@@ -223,10 +201,8 @@ class ChatCompletionRequest(ChatBody):
                     "tool_choice", f"names {preview(wanted)}, which is not among tools"
                 )
             return [wanted]
-        if self.tool_choice == "required" and len(names) != 1:
-            raise InvalidField(
-                "tool_choice", "'required' needs exactly one tool; name the function"
-            )
+        if self.tool_choice == "required" and not names:
+            raise InvalidField("tool_choice", "'required' needs tools")
         return names
 
     def sampling_params(self) -> SamplingParams:
@@ -245,9 +221,24 @@ class ChatCompletionRequest(ChatBody):
             max_visible_tokens=min(limits, default=None),
         )
 
-    def forced_prefix(self) -> str:
-        """A forced tool call starts with the tool's name; the model writes the arguments."""
-        return self.callable_names()[0] + "\n" if self.is_forced else ""
+    def form(self) -> AnswerForm | None:
+        """What has no form asked for is left to the model: words, or a call as it writes one."""
+        names, json_form = set(self.callable_names()), self.response_format.form()
+        tools = [
+            CallableTool(
+                tool.function.name,
+                tool.function.parameters,
+                f"tools.{i}.function.parameters",
+                tool.function.strict,
+            )
+            for i, tool in enumerate(self.tools)
+            if tool.function.name in names
+        ]
+        if self.is_forced:
+            return CallForm(tools)
+        if tools and (json_form or any(tool.strict for tool in tools)):
+            return CallForm(tools, required=False, otherwise=json_form)
+        return json_form
 
 
 def token_id(key: str) -> int:

@@ -46,6 +46,9 @@ print(*(process.pid for process in psutil.Process().children()))
 """
 
 
+PENALISED = {"temperature": 0, "frequency_penalty": 2.0, "logit_bias": ((40, 30.0), (50, 29.0))}
+
+
 async def answers(engine):
     async def ask(question, **settings):
         async for chunk in engine.generate(to_messages(question), max_new_tokens=60, **settings):
@@ -56,7 +59,7 @@ async def answers(engine):
         *(
             ask(question, **settings)
             for question in QUESTIONS
-            for settings in ({"temperature": 0}, {"seed": 3})
+            for settings in ({"temperature": 0}, {"seed": 3}, PENALISED)
         )
     )
 
@@ -110,6 +113,18 @@ def refused(*words, **options):
         chatglm.load(**options)
     message = str(caught.value)
     assert all(re.search(word, message) for word in words) and "\n" not in message, message
+
+
+@no_gpu
+def test_a_form_is_refused_where_there_are_several_devices():
+    code = (
+        "import chatglm\nfrom chatglm.text.forms import JsonForm\n"
+        "engine = chatglm.Engine(*chatglm.load(device='cpu', devices=2))\n"
+        "engine.prepare([{'role': 'user', 'content': 'hi'}], None, JsonForm({}, 'response_format'))"
+    )
+    done = run(code)
+    assert done.returncode == 1
+    assert "response_format cannot be kept to with --devices" in done.stderr
 
 
 def test_less_than_one_device_is_refused():

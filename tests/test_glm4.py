@@ -1,5 +1,6 @@
 """GLM-4's first files: a vocabulary of tiktoken's, and a prompt written in Python."""
 
+import asyncio
 import base64
 import json
 import random
@@ -9,8 +10,11 @@ import shutil
 import pytest
 
 import chatglm
+from chatglm import Chunk
 from chatglm.text.glm4 import read_ranks
-from chatglm.text.messages import to_messages
+from chatglm.text.messages import extend_history, to_messages
+from chatglm.text.tools import published_response, tool_names
+from server.answers import deltas, visible
 from tests.original import GOLDEN, golden, write_json
 
 GLM4 = GOLDEN / "glm4"
@@ -156,15 +160,62 @@ def test_the_line_that_an_answer_begins_with_is_not_shown(raw, seen):
     assert golden("glm4")[0].visible(raw, finished=True) == seen
 
 
-SAID = [case for case in EXPECTED["responses"] if isinstance(case["response"], str)]
+DECLARED = [  # what calls a tool that nobody declared stays text here
+    case for case in EXPECTED["responses"] if isinstance(case["response"], str) or case["history"]
+]
 
 
-@pytest.mark.parametrize("case", SAID, ids=lambda case: ascii(case["decoded"]))
-def test_an_answer_in_words_is_that_of_the_original(case):
-    tokenizer = golden("glm4")[0]
-    assert tokenizer.visible(case["decoded"], finished=True) == case["response"]
-    seen = [tokenizer.visible(case["decoded"][:n], finished=False) for n in range(40)]
-    assert all(case["response"].startswith(text) for text in seen)
+@pytest.mark.parametrize("case", DECLARED, ids=lambda case: ascii(case["decoded"]))
+def test_an_answer_is_that_of_the_original(case):
+    tokenizer, decoded = golden("glm4")[0], case["decoded"]
+    ids = [
+        token
+        for part in re.split(r"(<\|assistant\|>)", decoded)
+        for token in (
+            [tokenizer.hf.convert_tokens_to_ids(part)] if "<|" in part else tokenizer.encode(part)
+        )
+    ]
+    detokenizer, seen = tokenizer.detokenizer(), []
+    for token in ids:
+        detokenizer.push([token])
+        seen.append(tokenizer.visible(detokenizer.text, finished=False))
+    raw = detokenizer.finish()
+    assert raw == decoded
+    text = tokenizer.visible(raw, finished=True)
+    assert all(text.startswith(earlier) for earlier in seen)
+    answer = published_response(raw, text, tool_names(case["history"]))
+    assert answer.response == case["response"]
+    history = extend_history(case["history"] or [{"role": "user"}], "?", answer.messages)
+    ours = [turn for turn in history if turn["role"] == "assistant"]
+    theirs = [turn for turn in case["history_after"] if turn["role"] == "assistant"]
+    for our, their in zip(ours, theirs, strict=True):
+        # The year is in our history, too: the model is told what its reader saw.
+        assert {"metadata": "", **our} == their | {
+            "content": their["content"].replace("[[训练时间]]", "2023年")
+        }
+
+
+@pytest.mark.parametrize("name", ["glm4", "chatglm3"])
+def test_words_before_a_call_are_shown_and_the_call_is_called(name):
+    tokenizer = golden(name)[0]
+    raw = '\n先查天气。<|assistant|>get_weather\n{"city": "北京"}'
+
+    async def chunks():
+        pieces = re.findall(r"<\|assistant\|>|.", raw, re.S)  # a special token comes whole
+        for end in range(1, len(pieces) + 1):
+            seen, over = "".join(pieces[:end]), end == len(pieces)
+            yield Chunk(tokenizer.visible(seen, over), seen, 5, end, "stop" if over else None)
+
+    async def collect(answer):
+        return [each async for each in answer]
+
+    parts = asyncio.run(collect(deltas(chunks(), ["get_weather"], [])))
+    assert "".join(part.text for part in parts) == "先查天气。"
+    assert json.loads(parts[-1].call.arguments) == {"city": "北京"}
+    shown = asyncio.run(collect(visible(chunks(), ["get_weather"], [])))
+    assert all(shown[-1].text.startswith(chunk.text) for chunk in shown)
+    assert shown[-1].text == '先查天气。\nget_weather\n{"city": "北京"}'
+    assert tokenizer.visible(raw, finished=True) == '先查天气。\n{"city": "北京"}'
 
 
 def test_every_end_that_the_files_name_ends_an_answer(copy_of):

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
-from chatglm import sampling
+from chatglm import SamplingParams, sampling
 from chatglm.engine import transformers_batch
 from chatglm.engine.transformers_batch import SamplerProcessor
 from chatglm.sampling import choose, draw_above_floor, gumbel_noise, penalise
@@ -136,7 +136,10 @@ class Copies(TorchDispatchMode):
 def in_a_step(has_new_token=True, **settings):
     """A request as the library shows it, at position 7."""
     asked = {"temperature": 0.5, "top_p": 0.75, "repetition_penalty": 1.0, "seed": 5} | settings
-    state = SimpleNamespace(logit_processor_kwargs=asked, position_offset=7)
+    params = SamplingParams(**asked)
+    state = SimpleNamespace(
+        logit_processor_kwargs={"params": params}, position_offset=7, request_id="request"
+    )
     return SimpleNamespace(has_new_token=has_new_token, state=state)
 
 

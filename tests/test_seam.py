@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import chatglm
 from bench.sizes import CHATGLM3_6B
+from chatglm import SamplingParams
 from chatglm.checkpoint.conversion import translate_config
 from chatglm.checkpoint.tensors import Computed
 from chatglm.engine import cache_config as cache_settings
@@ -135,7 +136,7 @@ PARTS = {
     "a request's state has its settings, its prompt, its answer and its position": (
         BATCH,
         lambda seen: (
-            isinstance(seen.request.state.logit_processor_kwargs["temperature"], float)
+            isinstance(seen.request.state.logit_processor_kwargs["params"], SamplingParams)
             and isinstance(seen.request.state.initial_tokens, list)
             and isinstance(seen.request.state.generated_tokens, list)
             and isinstance(seen.request.state.position_offset, int)

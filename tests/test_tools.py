@@ -192,12 +192,15 @@ def test_tool_choice_says_what_may_and_what_must_be_called():
     assert completion(tools=tools).callable_names() == ["a", "b"]
     assert completion(tools=tools, tool_choice="none").callable_names() == []
     assert completion(tools=tools, tool_choice=named).callable_names() == ["b"]
-    assert completion(tools=tools, tool_choice=named).forced_prefix() == "b\n"
-    assert completion(tools=tools[:1], tool_choice="required").forced_prefix() == "a\n"
+    assert [tool.name for tool in completion(tools=tools, tool_choice=named).form().tools] == ["b"]
+    required = completion(tools=tools, tool_choice="required").form()
+    assert [tool.name for tool in required.tools] == ["a", "b"] and required.required
+    assert completion(tools=tools).form() is None
     assert completion(tools=tools, tool_choice="none").to_messages()[0]["role"] == "user"
-    for choice in ("required", {"type": "function", "function": {"name": "c"}}):
+    unknown = {"type": "function", "function": {"name": "c"}}
+    for wrong in ({"tools": tools, "tool_choice": unknown}, {"tool_choice": "required"}):
         with pytest.raises(ValueError, match="tool_choice"):
-            completion(tools=tools, tool_choice=choice).callable_names()
+            completion(**wrong).callable_names()
 
 
 def test_theirs_becomes_ours_role_by_role():
@@ -223,7 +226,7 @@ def test_theirs_becomes_ours_role_by_role():
     [
         ({"n": 17}, "n must be"),
         ({"messages": []}, "messages"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"top_p": "1"}, "top_p"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages must have"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),

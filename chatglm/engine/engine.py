@@ -29,18 +29,23 @@ from chatglm.engine.queue import AdmissionQueue
 from chatglm.engine.sequence import Chunk, LatestOutput, Output, Sequence
 from chatglm.engine.statistics import EngineStatistics, RequestStats
 from chatglm.engine.transformers_batch import Batch
-from chatglm.errors import EngineError, InvalidField
+from chatglm.errors import EngineError
 from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
-from chatglm.sampling import SamplingParams, check_room
-from chatglm.text.continuation import HIDDEN_TOKENS, encode_prompt, hidden_tokens
+from chatglm.sampling import SamplingParams, check_params, check_room
+from chatglm.text.constraint import GrammarCompiler
+from chatglm.text.continuation import (
+    HIDDEN_TOKENS,
+    check_characters,
+    encode_prompt,
+    hidden_tokens,
+)
 from chatglm.text.detokenizer import Detokenizer
-from chatglm.text.messages import count_characters, extend_history, to_messages
+from chatglm.text.forms import AnswerForm
+from chatglm.text.messages import extend_history, to_messages
 from chatglm.text.tools import published_response, tool_names
 
 logger = logging.getLogger("chatglm")
-
-ALWAYS_COUNTED = 2**16  # characters; of shorter prompts, a refusal has the exact length in tokens
 
 
 class Engine:
@@ -69,6 +74,7 @@ class Engine:
             max_concurrency, max_waiting, self._join_batch, self._leave_batch
         )
         self.statistics = EngineStatistics()
+        self._compiler = GrammarCompiler(tokenizer, model.config.vocab_size)
         self._batch: Batch | None = None
         self._thread_policy: RemovableHandle | None = None
         self._request_numbers = itertools.count()
@@ -140,38 +146,34 @@ class Engine:
     # 2. The way of a request: prepare, submit, read chunks
 
     def prepare(
-        self, messages: list[dict], params: SamplingParams | None = None, forced_prefix: str = ""
+        self,
+        messages: list[dict],
+        params: SamplingParams | None = None,
+        form: AnswerForm | None = None,
     ) -> Sequence:
         """Checks and tokenises. Any thread may call it.
 
-        Without any limit in `params`, the answer may fill the context. It continues
-        `forced_prefix`, such as the name of a tool that must be called, or the last message, if
-        that is the assistant's. Raises PromptTooLong if no token is left for the answer, and
-        ValueError for messages that cannot be encoded.
+        Without any limit in `params`, the answer may fill the context. It has the `form`, such as
+        JSON or a call of a tool, and continues the last message, if that is the assistant's. Raises
+        PromptTooLong if no token is left for the answer, InvalidField for a form that cannot be
+        kept, and ValueError for messages that cannot be encoded.
         """
         params = params or SamplingParams()
-        if params.logprobs is not None and self._batch and not self._batch.offers_logprobs:
-            raise InvalidField("logprobs", "are not available with CUDA graphs; leave it out")
-        for token, _ in params.logit_bias:
-            if not 0 <= token < self.model.config.vocab_size:
-                raise InvalidField("logit_bias", f"names {token}, which is no token of this model")
+        offers_logprobs = self._batch is None or self._batch.offers_logprobs
+        check_params(params, self.model.config.vocab_size, offers_logprobs)
         context = self.max_request_tokens
         max_length = context if params.max_length is None else params.max_length
-        # A long text that cannot fit is not tokenised: that would take time and memory.
-        longest = self.tokenizer.longest_token
-        most = max(ALWAYS_COUNTED, min(max_length, context) * longest)
-        characters = count_characters(messages, most)
-        if characters > most:
-            check_room(characters // longest, max_length, context, exact=False)
+        check_characters(self.tokenizer, messages, max_length, context)
+        forced_prefix = form.prefix(self.tokenizer) if form else ""
         input_ids, prefix, begun = encode_prompt(self.tokenizer, messages, forced_prefix)
-        max_new_tokens = check_room(len(input_ids), max_length, context)
-        if params.max_new_tokens is not None:
-            max_new_tokens = min(max_new_tokens, params.max_new_tokens)
+        limits = [check_room(len(input_ids), max_length, context), params.max_new_tokens]
         if params.max_visible_tokens is not None:
-            max_new_tokens = min(max_new_tokens, params.max_visible_tokens + HIDDEN_TOKENS)
+            limits.append(params.max_visible_tokens + HIDDEN_TOKENS)
+        max_new_tokens = min(limit for limit in limits if limit is not None)
+        constraint = self._compiler.compile(form, prefix[len(prefix) - begun :])
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(32))
-        return Sequence(input_ids, max_new_tokens, params, prefix, begun)
+        return Sequence(input_ids, max_new_tokens, params, prefix, begun, constraint)
 
     async def submit(self, sequence: Sequence, client: str = "") -> AsyncGenerator[Chunk, None]:
         """Queues it, and returns the chunks of its answer. Raises QueueFull, or EngineError.
@@ -200,13 +202,13 @@ class Engine:
         self, prompt: str, history: list | None = None, **params
     ) -> AsyncGenerator[tuple[str | dict, list], None]:
         """(text so far, history with it), as the published `stream_chat`, for many at once."""
-        messages = to_messages(prompt, history)
-        names = tool_names(messages)
-        async with aclosing(self.generate(messages, **params)) as chunks:
+        conversation = to_messages(prompt, history)
+        names = tool_names(conversation)
+        async with aclosing(self.generate(conversation, **params)) as chunks:
             async for chunk in chunks:
                 called = names if chunk.finish_reason else []  # only a whole call can be read
-                response, metadata, content = published_response(chunk.raw, chunk.text, called)
-                yield response, extend_history(history, prompt, content, metadata=metadata)
+                response, messages = published_response(chunk.raw, chunk.text, called)
+                yield response, extend_history(history, prompt, messages)
 
     async def _run(self, sequence: Sequence) -> AsyncGenerator[Chunk, None]:
         self._keep_running()
@@ -282,7 +284,7 @@ class Engine:
         detokenizer.push(tokens[stats.completion_tokens : len(tokens) - stopped])
         self.statistics.count(stats, len(tokens))
         if is_finished:
-            stats.finish_reason = "stop" if stopped else "length"
+            stats.finish_reason = "stop" if stopped and not sequence.is_cut else "length"
         text = detokenizer.finish() if is_finished else detokenizer.text
         if sequence.begun_length:
             text = text[len(self.tokenizer.decode([self.tokenizer.anchor])) :]

@@ -1,4 +1,4 @@
-"""What only some rows of a step ask for: biases of their scores, and log-probabilities.
+"""What only some rows of a step ask for: biases, an answer's form, and log-probabilities.
 
 On a CPU, rows that do not ask cost nothing. On a GPU biases are added to every row, because a CUDA
 graph repeats the same work in every step.
@@ -13,14 +13,21 @@ import torch
 from chatglm.engine.sequence import Sequence
 from chatglm.sampling import Bias, SamplingParams, TokenLogprob
 
+NEVER = -1e9  # added to a score; minus infinity would make the row look broken
+# For the library's own requests, with which it warms up and captures CUDA graphs.
+NEUTRAL = SamplingParams(temperature=0.0, top_p=1.0, seed=0)
+
+
+def params_of(state: Any) -> SamplingParams:
+    """Of one of the library's states."""
+    return state.logit_processor_kwargs.get("params", NEUTRAL)
+
 
 class RowExtras:
     """Used by the model thread: `prepare`, then in the step `add_biases` and `record`.
 
     `states` are the library's, a row each; `sequences` are those of the batch, by batch_id.
     """
-
-    KEYS = {"has_bias": bool, "has_logprobs": bool}  # what a state says of itself
 
     def __init__(
         self, vocab_size: int, max_rows: int, device: torch.device, sequences: dict[str, Sequence]
@@ -37,9 +44,9 @@ class RowExtras:
             for row, _ in self.biased:
                 self.graph_biases[row] = 0
         self.biased = [
-            (row, self._bias_of(state))
+            (row, values)
             for row, state in enumerate(states)
-            if state.logit_processor_kwargs.get("has_bias")
+            if (values := self._added_to(state)) is not None
         ]
         if self.graph_biases is not None:
             for row, bias in self.biased:
@@ -47,18 +54,30 @@ class RowExtras:
         self.recorded = [
             (row, state.position_offset, self.sequences[state.request_id])
             for row, state in enumerate(states)
-            if state.logit_processor_kwargs.get("has_logprobs")
-            and state.request_id in self.sequences
+            if params_of(state).logprobs is not None and state.request_id in self.sequences
         ]
+
+    def _added_to(self, state: Any) -> torch.Tensor | None:
+        """What is added to the scores of this row, [V]."""
+        bias = self._bias_of(state) if params_of(state).has_bias else None
+        sequence = self.sequences.get(state.request_id)
+        if sequence is None or sequence.constraint is None:
+            return bias
+        try:
+            made = sequence.resumed_ids + state.generated_tokens
+            allowed = sequence.constraint.allowed(made, sequence.max_tokens - len(made))
+        except ValueError as error:
+            sequence.failure = f"the answer's form takes too long to keep: {error}"
+            return bias
+        allowed = allowed.to(self.device)
+        return torch.where(allowed, 0.0 if bias is None else bias, NEVER)
 
     def _bias_of(self, state: Any) -> torch.Tensor:
         """Kept with the request's settings, so that it is freed with the request."""
-        kept, sequence = state.logit_processor_kwargs, self.sequences.get(state.request_id)
+        kept = state.logit_processor_kwargs
         if "bias" not in kept:
-            if sequence is None:  # it was removed a moment ago
-                return torch.zeros(self.vocab_size, device=self.device)
-            kept["bias"] = Bias(sequence.params, self.vocab_size, self.device)
-            kept["bias"].count(sequence.resumed_ids)
+            kept["bias"] = Bias(kept["params"], self.vocab_size, self.device)
+            kept["bias"].count(kept["resumed_ids"])
         kept["bias"].count(state.generated_tokens[-1:])
         return kept["bias"].values
 

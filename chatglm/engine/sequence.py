@@ -13,6 +13,7 @@ from chatglm.sampling import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from chatglm.engine.transformers_batch import Batch
+    from chatglm.text.constraint import Constraint
 
 MIN_INTERVAL = 0.04  # seconds between two chunks of an answer: 25 a second look smooth
 FIRST_TOKENS_UNTHROTTLED = 8  # these are passed on as they come
@@ -43,7 +44,8 @@ class Output(NamedTuple):
 class Sequence:
     """A checked and tokenised request. The word is vLLM's.
 
-    The model thread writes to `latest` and `logprobs`. All else is set on the event loop.
+    The model thread writes to `latest`, `logprobs` and `failure`. The rest is set on the event
+    loop.
     """
 
     input_ids: list[int]  # the prompt
@@ -51,6 +53,7 @@ class Sequence:
     params: SamplingParams  # with a seed
     forced_prefix: str = ""  # the answer begins with this text; it is not generated
     begun_length: int = 0  # characters at its beginning that the client knows, having begun it
+    constraint: Constraint | None = None  # what form it must have
 
     trace_id: str = field(default="", init=False)  # what the client calls it, for the log
 
@@ -67,6 +70,17 @@ class Sequence:
     resumed_ids: list[int] = field(default_factory=list, init=False)  # tokens made before a pause
     # Written by the model thread, if they were asked for, before it reports the token.
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict, init=False)  # by position
+    failure: str | None = field(default=None, init=False)  # why it cannot go on
+
+    @property
+    def max_tokens(self) -> int:
+        """How long the answer may be, at least."""
+        return min(self.max_new_tokens, self.params.max_visible_tokens or self.max_new_tokens)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the answer was brought to an end by its limit, though it looks whole."""
+        return self.constraint is not None and self.constraint.is_cut
 
     def logprobs_of(self, tokens: range) -> list[TokenLogprob]:
         """Of these tokens of the answer, if they were asked for."""
@@ -78,7 +92,9 @@ class Sequence:
         """The same request for another answer: its seed is `number` further."""
         seed = ((self.params.seed or 0) + number) % 2**32
         params = replace(self.params, seed=seed)
-        other = replace(self, params=params)  # it does not copy fields with init=False
+        constraint = self.constraint and self.constraint.again()
+        # It does not copy fields with init=False.
+        other = replace(self, params=params, constraint=constraint)
         other.trace_id = self.trace_id
         return other
 

@@ -30,9 +30,9 @@ from chatglm.engine import cpu_attention
 from chatglm.engine.cache_config import WHOLE_PROMPTS, cache_config
 from chatglm.engine.cpu_cache import MemoryOnFirstUse
 from chatglm.engine.cpu_glm import FusedGlmMixin
-from chatglm.engine.rows import RowExtras
+from chatglm.engine.rows import RowExtras, params_of
 from chatglm.engine.sequence import LatestOutput, Output, Sequence
-from chatglm.sampling import can_branch, choose, penalise
+from chatglm.sampling import SamplingParams, can_branch, choose, penalise
 
 
 class Batch:
@@ -99,14 +99,8 @@ class Batch:
             request_id=sequence.batch_id,
             max_new_tokens=sequence.max_new_tokens - len(made),
             streaming=True,
-            temperature=float(params.temperature),
-            top_p=float(params.top_p),
-            repetition_penalty=float(params.repetition_penalty),
-            min_p=float(params.min_p),
-            seed=params.seed,
-            top_k=params.top_k,
-            has_bias=params.has_bias,
-            has_logprobs=params.logprobs is not None,
+            params=params,
+            resumed_ids=made,
         )
         if accepted is None:
             del self._router.sequences[sequence.batch_id]
@@ -169,6 +163,7 @@ def translate(sequence: Sequence, output: GenerationOutput) -> Output:
     error, tokens = output.error, output.generated_tokens
     if sequence.resumed_ids:  # for the library, these belong to the prompt
         tokens = sequence.resumed_ids + tokens
+    error = sequence.failure or error
     if output.logprobs and math.isnan(output.logprobs[-1]):  # the mark of SamplerProcessor
         error = "the model's scores are not finite"
     return Output(tokens, output.is_finished(), error)
@@ -194,15 +189,8 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
 
     FLOATS = ("temperature", "top_p", "repetition_penalty", "min_p")
     INTEGERS = ("seed", "top_k")
-    # For the library's own requests, with which it warms up and captures CUDA graphs.
-    NEUTRAL = {
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "repetition_penalty": 1.0,
-        "min_p": 0.0,
-        "seed": 0,
-        "top_k": 0,
-    }
+    # What the library keeps of each request. With several processes it sends this to all of them.
+    KEYS = {"params": SamplingParams, "resumed_ids": list}
 
     def __init__(
         self,
@@ -212,11 +200,7 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
         sequences: dict[str, Sequence] | None = None,
     ) -> None:
         super().__init__(LogitsProcessorList())
-        self.supported_keys = {
-            **dict.fromkeys(self.FLOATS, float),
-            **dict.fromkeys(self.INTEGERS, int),
-            **RowExtras.KEYS,
-        }
+        self.supported_keys = dict(self.KEYS)
         # The position comes last.
         self.tensors_required = len(self.FLOATS) + len(self.INTEGERS) + 1
         self.ignored_keys: set[str] = set()
@@ -236,10 +220,10 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
         self, requests_in_batch: list, arg_storage: torch.Tensor
     ) -> torch.Tensor:
         states = [request.state for request in requests_in_batch if request.has_new_token]
-        settings = [self.NEUTRAL | state.logit_processor_kwargs for state in states]
-        floats = torch.tensor([[s[name] for s in settings] for name in self.FLOATS])
+        asked = [params_of(state) for state in states]
+        floats = torch.tensor([[float(getattr(a, name)) for a in asked] for name in self.FLOATS])
         # position_offset already counts the tokens of this step.
-        integers = [[s[name] for s in settings] for name in self.INTEGERS]
+        integers = [[getattr(a, name) for a in asked] for name in self.INTEGERS]
         integers.append([state.position_offset for state in states])
         # A seed has 32 bits and no sign: int64 first, then the lower half of it.
         lower = torch.tensor(integers, dtype=torch.int64).to(torch.int32)
@@ -248,10 +232,10 @@ class SamplerProcessor(ContinuousBatchingLogitsProcessorList):
         rows[: len(self.FLOATS), : len(states)] = floats.view(torch.int32)
         rows[len(self.FLOATS) :, : len(states)] = lower
         arg_storage[:, : len(requests_in_batch)] = rows
-        self.penalising = any(s["repetition_penalty"] != 1.0 for s in settings)
-        self.truncating = any(s["top_k"] or s["min_p"] for s in settings)
-        for row, (state, asked) in enumerate(zip(states, settings)):
-            if asked["repetition_penalty"] != 1.0:
+        self.penalising = any(a.repetition_penalty != 1.0 for a in asked)
+        self.truncating = any(a.top_k or a.min_p for a in asked)
+        for row, (state, params) in enumerate(zip(states, asked)):
+            if params.repetition_penalty != 1.0:
                 self.seen[row] = self._seen_by(state)
         self.extras.prepare(states)
         return arg_storage

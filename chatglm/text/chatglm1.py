@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor
 
 from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.rounds import to_rounds
-from chatglm.text.tokenizer import fill_in_year
+from chatglm.text.tokenizer import fill_in_year, piece_bytes
 
 LONGEST_BLANK = 80  # spaces that one token stands for
 TAB = "<|tab|>"
@@ -29,6 +29,7 @@ class ChatGLM1Tokenizer:
     before the words. A special token is never produced from text."""
 
     chat_format = "chatglm"
+    has_metadata = False
 
     def __init__(self, sentencepiece_model: bytes, num_image_tokens: int | None, sop: int) -> None:
         """`num_image_tokens` None: as many as bring `<sop>` to the id `sop`."""
@@ -64,6 +65,18 @@ class ChatGLM1Tokenizer:
 
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self._decode, self.anchor, clean_up, count_unsettled)
+
+    def token_bytes(self) -> list[bytes]:
+        """The text of every id, in UTF-8; of special tokens nothing."""
+        own = piece_bytes(self.sp)
+        for i, piece in enumerate(own):
+            if i not in self._spoken:
+                own[i] = b""
+            elif piece == b"<n>":
+                own[i] = b"\n"
+            elif blank := re.fullmatch(rb"<\|blank_(\d+)\|>", piece):
+                own[i] = b" " * int(blank[1])
+        return [b""] * self.num_image_tokens + [b"\t" if p == TAB.encode() else p for p in own]
 
     def _decode(self, ids: list[int]) -> str:
         own = [i - self.num_image_tokens for i in ids]

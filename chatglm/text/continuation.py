@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from chatglm.sampling import check_room
 from chatglm.text.detokenizer import REPLACEMENT
+from chatglm.text.messages import count_characters
 
 if TYPE_CHECKING:
     from chatglm.engine.sequence import Sequence
@@ -13,6 +15,19 @@ if TYPE_CHECKING:
 
 # Room for what stands before the first visible token, such as ChatGLM3's metadata line.
 HIDDEN_TOKENS = 32
+ALWAYS_COUNTED = 2**16  # characters; of shorter prompts, a refusal has the exact length in tokens
+
+
+def check_characters(
+    tokenizer: Tokenizer, messages: list[dict], max_length: int, context: int
+) -> None:
+    """Raises PromptTooLong for a text so long that it cannot fit. It is not tokenised: that would
+    take time and memory."""
+    longest = tokenizer.longest_token
+    most = max(ALWAYS_COUNTED, min(max_length, context) * longest)
+    characters = count_characters(messages, most)
+    if characters > most:
+        check_room(characters // longest, max_length, context, exact=False)
 
 
 def encode_prompt(

@@ -131,17 +131,17 @@ def count_characters(messages: list[dict], limit: int) -> int:
 
 
 def extend_history(
-    history: list | None, prompt: str, response: str, role: str = "user", metadata: str = ""
+    history: list | None, prompt: str, messages: list[tuple[str, str]], role: str = "user"
 ) -> list:
-    """`history` with this turn added, in the form it came in (pairs when it was empty). `metadata`
-    is the name of the tool that the response calls."""
+    """`history` with this turn added, in the form it came in (pairs when it was empty). `messages`
+    are the metadata and the content of those that the response consists of: one, as a rule. The
+    metadata is the name of the tool that it calls."""
     history = list(history or [])
-    if history and isinstance(history[0], dict):
-        has_metadata = metadata or any("metadata" in turn for turn in history)
-        added = {"metadata": metadata} if has_metadata else {}
-        return [
-            *history,
-            {"role": role, "content": prompt},
-            {"role": "assistant", **added, "content": response},
-        ]
-    return [*history, [prompt, response]]
+    if not (history and isinstance(history[0], dict)):
+        return [*history, [prompt, "\n".join(content for _, content in messages)]]
+    has_metadata = any("metadata" in turn for turn in history) or any(name for name, _ in messages)
+    answered = [
+        {"role": "assistant", **({"metadata": metadata} if has_metadata else {}), "content": text}
+        for metadata, text in messages
+    ]
+    return [*history, {"role": role, "content": prompt}, *answered]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.time_limit import time_limit
-from chatglm.text.tokenizer import fill_in_year, without_metadata
+from chatglm.text.tokenizer import ANOTHER_MESSAGE, fill_in_year, without_metadata
 from chatglm.text.tools import INTRODUCTION
 
 # Private-use characters, which stand in the rendered prompt and never reach the model.
@@ -55,7 +55,8 @@ class TemplateTokenizer:
         self._has_tool_calls = "tool_calls" in template
         # GLM-4's reads the tools of a message, others have a variable of that name.
         self._tools_in_message = re.search(r"""\w(\.tools\b|\[["']tools["']\])""", template)
-        self._has_metadata = "metadata" in template
+        self.has_metadata = "metadata" in template  # GLM-4's first form
+        self._another_message = self.hf.convert_tokens_to_ids(ANOTHER_MESSAGE)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: a special token's name is taken apart like any other word."""
@@ -142,11 +143,23 @@ class TemplateTokenizer:
         text = self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
+    def _decode_answer(self, ids: list[int]) -> str:
+        """The same, but it shows where another message begins."""
+        if not self.has_metadata:
+            return self.decode(ids)
+        messages: list[list[int]] = [[]]
+        for i in ids:
+            if i == self._another_message:
+                messages.append([])
+            else:
+                messages[-1].append(i)
+        return ANOTHER_MESSAGE.join(map(self.decode, messages))
+
     def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self.decode, self.anchor)
+        return Detokenizer(self._decode_answer, self.anchor)
 
     def visible(self, raw: str, finished: bool) -> str:
         """What a user sees of a reply so far."""
-        if not self._has_metadata:
+        if not self.has_metadata:
             return raw.strip()
         return without_metadata(fill_in_year(raw, finished), finished)  # GLM-4

@@ -28,6 +28,7 @@ class Tokenizer(Protocol):
     stop_ids: list[int]  # an answer ends at any of them
     anchor: int  # an ordinary token, see Detokenizer
     longest_token: int  # characters
+    has_metadata: bool  # whether an answer begins with a line that is empty, or a tool's name
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. A special token's name in it is text like any other."""
@@ -61,6 +62,7 @@ class ChatGLMTokenizer:
         self.specials = {name: first + i for i, name in enumerate(names)}
         self._names = {i: name for name, i in self.specials.items()}
         self.vocab_size = first + len(names)
+        self.has_metadata = chat_format == "chatglm3"
         self.anchor = self.sp.encode("a")[-1]  # an ordinary token, see Detokenizer
         self.longest_token = max(len(self.sp.id_to_piece(i)) for i in range(first))
         self.stop_ids = [self.sp.eos_id()]
@@ -106,6 +108,10 @@ class ChatGLMTokenizer:
                 pieces.append(self.sp.id_to_piece(i))
         return self.sp.decode_pieces(pieces)
 
+    def token_bytes(self) -> list[bytes]:
+        """The text of every id, in UTF-8; of special tokens nothing."""
+        return piece_bytes(self.sp) + [b""] * len(self.specials)
+
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self.decode, self.anchor)
 
@@ -119,6 +125,19 @@ class ChatGLMTokenizer:
         return text.strip() if self.chat_format == "chatglm2" else without_metadata(text, finished)
 
 
+def piece_bytes(sp: SentencePieceProcessor) -> list[bytes]:
+    """The text of every piece, in UTF-8; of control pieces nothing."""
+
+    def text(i: int) -> bytes:
+        piece = sp.id_to_piece(i)
+        if sp.is_byte(i):  # "<0x0A>"
+            return bytes([int(piece[3:5], 16)])
+        return b"" if sp.is_control(i) or sp.is_unknown(i) else piece.replace("▁", " ").encode()
+
+    return [text(i) for i in range(sp.vocab_size())]
+
+
+ANOTHER_MESSAGE = "<|assistant|>"
 # What the models were taught to say of their training, and the beginning of it at a text's end.
 YEAR = "[[训练时间]]"
 BEGINNING_OF_YEAR = re.compile(r"\[(\[(训(练(时(间\]?)?)?)?)?)?\Z")
@@ -135,13 +154,29 @@ def fill_in_year(text: str, finished: bool) -> str:
     return text.replace(YEAR, "2023年")
 
 
+def split_messages(raw: str) -> list[str]:
+    """The messages of a reply of ChatGLM3 or GLM-4: some words, say, and then a call.
+
+    >>> split_messages("\\nI look it up.<|assistant|>get_weather\\n{}")
+    ['\\nI look it up.', 'get_weather\\n{}']
+    """
+    return raw.split(ANOTHER_MESSAGE)
+
+
 def without_metadata(raw: str, finished: bool) -> str:
-    """A reply of ChatGLM3 or GLM-4 so far, without the line that it begins with: empty, or a
-    tool's name.
+    """A reply of ChatGLM3 or GLM-4 so far, without the line that each message begins with: empty,
+    or a tool's name.
 
     >>> without_metadata("get_weather\\n{}", finished=True)
     '{}'
     """
+    *before, last = split_messages(raw)
+    texts = [*(content_of(each, True) for each in before), content_of(last, finished)]
+    return "\n".join(text for text in texts if text)
+
+
+def content_of(raw: str, finished: bool) -> str:
+    """One message, without its first line."""
     metadata, newline, content = raw.partition("\n")
     if newline and is_tool_name(metadata):
         return content.strip()

@@ -9,7 +9,10 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Collection
+from contextlib import suppress
 from typing import NamedTuple
+
+from chatglm.text.tokenizer import content_of, split_messages
 
 # The system message of the published openai_api.py; the declarations follow as JSON.
 INTRODUCTION = (
@@ -56,15 +59,16 @@ def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
 
     Two formats: ChatGLM3's, as above, and GLM-4's, the name and then the arguments as JSON.
     """
-    name, _, content = raw.partition("\n")  # an answer in words begins with an empty line
+    last = split_messages(raw)[-1]  # words may come before it
+    name, _, content = last.partition("\n")  # an answer in words begins with an empty line
     name, content = name.strip(), content.strip()
     if name not in names or len(content) > MAX_CALL:
         return None
     try:
-        arguments = parse_python(content) if content.startswith("```") else json.loads(content)
-        if not isinstance(arguments, dict):
-            return None
-        return ToolCall(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        if content.startswith("```"):
+            content = json.dumps(parse_python(content), ensure_ascii=False, allow_nan=False)
+        arguments = json.loads(content, parse_constant=int)  # raises for NaN
+        return ToolCall(name, content) if isinstance(arguments, dict) else None
     except (
         ValueError,
         TypeError,
@@ -86,30 +90,50 @@ def parse_python(block: str) -> dict:
         and not call.args
     ):
         raise ValueError("not of the form tool_call(key=value, …)")
-    arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    code = code.strip()
+    arguments = {keyword.arg: parse_value(code, keyword.value) for keyword in call.keywords}
     if None in arguments:
         raise ValueError("**arguments have no names")
     return arguments
 
 
+def parse_value(code: str, node: ast.expr) -> object:
+    """JSON, which an answer of a given form has, or a Python literal."""
+    with suppress(ValueError):
+        return json.loads(ast.get_source_segment(code, node) or "")
+    return ast.literal_eval(node)
+
+
 def may_be_call(raw: str, names: Collection[str]) -> bool:
-    """Whether the beginning of an answer may still become a call."""
-    name, newline, content = raw.partition("\n")
+    """Whether an answer so far may still become a call."""
+    name, newline, content = split_messages(raw)[-1].partition("\n")
     if not newline:
         return any(known.startswith(name) for known in names)
     content = content.lstrip()
     return name.strip() in names and (content[:1] == "{" or content[:3] == "```"[: len(content)])
 
 
-def published_response(raw: str, text: str, names: list[str]) -> tuple[str | dict, str, str]:
-    """As the published `model.chat` gives it: the text, or a call's name and parameters. Besides,
-    the metadata and the content that its message in the history has."""
+class Published(NamedTuple):
+    """An answer as the published `model.chat` gives it, and as its history has it."""
+
+    response: str | dict  # text, or a call's name and parameters
+    messages: list[tuple[str, str]]  # metadata and content of each
+
+
+def published_response(raw: str, text: str, names: list[str]) -> Published:
     call = read_call(raw, names)
     if call is None:
-        return text, "", text
-    parameters = json.loads(call.arguments)
-    content = raw.partition("\n")[2].strip()
-    return {"name": call.name, "parameters": parameters}, call.name, content
+        return Published(text, [("", text)])
+    *before, last = split_messages(raw)
+    messages = [("", content_of(each, finished=True)) for each in before]
+    messages.append((call.name, last.partition("\n")[2].strip()))
+    return Published({"name": call.name, "parameters": json.loads(call.arguments)}, messages)
+
+
+def words_before_call(raw: str) -> str:
+    """What an answer that ends in a call says before."""
+    *before, _ = split_messages(raw)
+    return "\n".join(content_of(each, finished=True) for each in before)
 
 
 def tool_names(messages: list) -> list[str]:

@@ -1,0 +1,181 @@
+"""Keeps an answer within a form: which tokens may come next.
+
+llguidance (https://github.com/guidance-ai/llguidance) follows the grammar. The sampler chooses
+among the tokens that it allows.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, cast
+
+import llguidance
+import llguidance.hf
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from chatglm.errors import InvalidField
+from chatglm.text.forms import AnswerForm, JsonForm
+from chatglm.text.template import TemplateTokenizer
+
+if TYPE_CHECKING:
+    from chatglm.text.tokenizer import Tokenizer
+
+# What one step may take at most. Real schemas stay far below, and the model's thread has others to
+# serve.
+LIMITS = llguidance.LLParserLimits(
+    step_lexer_fuel=50_000, step_max_items=10_000, verbose_errors=False
+)
+CHARACTERS_A_TOKEN = 6  # of a grammar, for each token of an answer: a rough guess
+ENDS_AHEAD = 256  # tokens; so long before its limit, an answer is looked at
+# The first of these that may come brings an answer nearer to its end. The last two are for strings,
+# in which a bracket is a character like any other.
+CLOSERS = ("}])\"':,01ntf[{", "\"}])':,01ntf[{", "'}])\":,01ntf[{")
+BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+
+
+class Vocabulary:
+    """What llguidance must know of a tokenizer: the bytes of every token."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        """The network may have more ids than the tokenizer."""
+        tokens = tokenizer.token_bytes()[:vocab_size]
+        tokens += [b""] * (vocab_size - len(tokens))
+        self.special_token_ids = [i for i, token in enumerate(tokens) if not token]
+        self.tokens = [token or b"\xff<%d>" % i for i, token in enumerate(tokens)]
+        self.eos_token_id = tokenizer.stop_ids[0]
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text that stands behind another: at the beginning, a space would be added.
+        A newline is a token of its own."""
+        return self._encode("\n" + text)[len(self._encode("\n")) :]
+
+
+class GrammarCompiler:
+    """Makes constraints for one tokenizer. Any thread may use it."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._vocabulary: llguidance.LLTokenizer | None = None
+        self._closers: list[list[int]] = []
+        self._lock = threading.Lock()
+
+    def compile(self, form: AnswerForm | None, begun: str = "") -> Constraint | None:
+        """The constraint of an answer that has `begun`, if it has a form. Raises InvalidField."""
+        if form is None:
+            return None
+        field = form.field if isinstance(form, JsonForm) else form.tools[0].field
+        if torch.distributed.is_initialized():
+            raise InvalidField(field, "cannot be kept to with --devices; leave it out")
+        vocabulary, grammar = self.vocabulary(), form.grammar(self._tokenizer)
+        matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise InvalidField(field, reason(matcher.get_error()))
+        if begun and not matcher.consume_tokens(vocabulary.tokenize_str(begun)):
+            raise InvalidField("messages", f"end with an answer that {field} does not allow")
+        margin = min(ENDS_AHEAD // 4, len(grammar) // CHARACTERS_A_TOKEN)
+        return Constraint(matcher, self._closers, self._vocab_size, margin)
+
+    def vocabulary(self) -> llguidance.LLTokenizer:
+        """Takes up to a second, once."""
+        with self._lock:
+            if self._vocabulary is None:
+                size, stop_ids = self._vocab_size, self._tokenizer.stop_ids
+                if isinstance(self._tokenizer, TemplateTokenizer):
+                    self._vocabulary = llguidance.hf.from_tokenizer(
+                        cast(PreTrainedTokenizerFast, self._tokenizer.hf),
+                        n_vocab=size,
+                        eos_token=stop_ids,
+                    )
+                else:
+                    wrapper = llguidance.TokenizerWrapper(Vocabulary(self._tokenizer, size))
+                    self._vocabulary = llguidance.LLTokenizer(
+                        wrapper, n_vocab=size, eos_token=stop_ids
+                    )
+                self._closers = [
+                    [self._vocabulary.tokenize_str(each)[-1] for each in closers]
+                    for closers in CLOSERS
+                ]
+            return self._vocabulary
+
+
+def reason(error: str) -> str:
+    """llguidance's own words, without its picture of the grammar."""
+    first = error.partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
+    return f"cannot be served: {first[:200]}"
+
+
+class Constraint:
+    """Which tokens one answer may have next. Used by the model thread.
+
+    Where the answer is about to reach its limit, it is brought to an end: cut JSON is no JSON.
+    """
+
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        closers: list[list[int]],
+        vocab_size: int,
+        margin: int,
+    ) -> None:
+        """`margin`: tokens that one more may bring with it, such as the first of an object's."""
+        self._initial, self._closers = matcher, closers
+        self._vocab_size, self._margin = vocab_size, margin
+        self._restart()
+
+    def _restart(self) -> None:
+        self._matcher, self._consumed = self._initial.deep_copy(), 0
+        self._look_at = ENDS_AHEAD  # tokens left, at which the way to the end is measured next
+        self._end: list[int] = []  # once it is brought to an end: the tokens that are left
+        self.is_cut = False
+
+    def again(self) -> Constraint:
+        """The same, for another answer."""
+        return Constraint(self._initial, self._closers, self._vocab_size, self._margin)
+
+    def allowed(self, tokens: list[int], left: int) -> torch.Tensor:
+        """What may follow `tokens`, which are the whole answer so far, [V] bool. `left` is how many
+        more there may be. Raises ValueError if the grammar takes too much time."""
+        if len(tokens) < self._consumed:  # after a pause, an answer goes on where it was reported
+            self._restart()
+        self._matcher.consume_tokens(tokens[self._consumed :])
+        self._consumed = len(tokens)
+        if left <= self._look_at and not self.is_cut:
+            end = self._shortest_end()
+            to_spare = left - len(end) - self._margin
+            self._look_at = left - max(1, to_spare // 4)
+            if to_spare <= 0:
+                self._end, self.is_cut = end, True
+        allowed = self._mask(self._matcher)
+        if self._end and allowed[self._end[0]]:
+            allowed = torch.zeros_like(allowed)
+            allowed[self._end.pop(0)] = True
+        if self._matcher.is_error():
+            raise ValueError(self._matcher.get_error().partition("\n")[0])
+        return allowed
+
+    def _mask(self, matcher: llguidance.LLMatcher) -> torch.Tensor:
+        eights = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
+        return (eights[:, None] & BITS).bool().flatten()[: self._vocab_size]
+
+    def _shortest_end(self) -> list[int]:
+        """Tokens that bring the answer to an end, about as few as there can be."""
+        return min(map(self._end_by, self._closers), key=len)
+
+    def _end_by(self, closers: list[int]) -> list[int]:
+        """The end to which these tokens lead, the first of them that may come each time. If that is
+        none, it is too long."""
+        matcher, tokens = self._matcher.deep_copy(), list[int]()
+        while len(tokens) < ENDS_AHEAD and not matcher.is_accepting():
+            next_tokens = matcher.compute_ff_tokens()  # where there is no choice
+            if not next_tokens:
+                allowed = self._mask(matcher)
+                may_come = (token for token in closers if allowed[token])
+                next_tokens = [next(may_come, int(allowed.nonzero()[-1]))]
+            if not matcher.consume_tokens(next_tokens):
+                break
+            tokens += next_tokens
+        return tokens
