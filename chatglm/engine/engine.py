@@ -203,11 +203,10 @@ class Engine:
     ) -> AsyncGenerator[tuple[str | dict, list], None]:
         """(text so far, history with it), as the published `stream_chat`, for many at once."""
         conversation = to_messages(prompt, history)
-        names = tool_names(conversation)
         async with aclosing(self.generate(conversation, **params)) as chunks:
             async for chunk in chunks:
-                called = names if chunk.finish_reason else []  # only a whole call can be read
-                response, messages = published_response(chunk.raw, chunk.text, called)
+                names = tool_names(conversation) if chunk.finish_reason else []  # of whole calls
+                response, messages = published_response(chunk.raw, chunk.text, names)
                 yield response, extend_history(history, prompt, messages)
 
     async def _run(self, sequence: Sequence) -> AsyncGenerator[Chunk, None]:
