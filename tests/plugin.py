@@ -17,6 +17,7 @@ EVERYTHING = "pip install -r tests/requirements-all.txt && pytest --all"
 LEFT_OUT = {
     "test_browser.py": "a browser",
     "test_clients.py": "other people's clients",
+    "test_more_clients.py": "other people's clients",
     "test_deploy.py": "a cluster",
     "test_quantize.py": "quantised weights",
     "test_bench.py": "benchmarks",

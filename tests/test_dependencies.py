@@ -39,7 +39,7 @@ def test_the_dependencies_are_those_the_readme_gives_reasons_for():
     rows = re.findall(r"^\| ([^|`]+) \|", section("Dependencies"), re.MULTILINE)
     given = {re.sub(r"\[.*", "", name) for row in rows for name in row.split(", ")} - {"package"}
     files = itertools.chain(
-        *(ROOT.glob(f"{place}requirements*.txt") for place in ("", "*/", "chatglm/*/"))
+        *(ROOT.glob(f"{place}requirements*.txt") for place in ("", "*/", "chatglm/*/", "tests/*/"))
     )
     assert given == set().union(*(declared(file.relative_to(ROOT)) for file in files))
 
