@@ -13,10 +13,12 @@ import re
 import subprocess
 import sys
 import uuid
+from typing import Literal
 
 import httpx
 import httpx_sse
 import openai
+import pydantic
 import pytest
 import requests
 from langchain_community.llms.chatglm import ChatGLM
@@ -407,6 +409,19 @@ def test_langchain_openai_calls_python_functions_and_tells_their_results(
     assert isinstance(told, ToolMessage) and told.content == result
     final = answer(model, [*messages, told])
     assert result in final.content and not final.tool_calls
+
+
+class Forecast(pydantic.BaseModel):
+    city: Literal["Paris", "上海"]
+    sky: Literal["clear", "rain"]
+    days: int = pydantic.Field(ge=1, le=9)
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_langchain_openai_gets_an_object_of_a_class(chat, method):
+    model = chat.with_structured_output(Forecast, method=method)
+    for question in ("上海今天天气怎么样？", "Who are you?"):
+        assert isinstance(model.invoke(question), Forecast)
 
 
 # --- 5. httpx-sse ------------------------------------------------------------------------------

