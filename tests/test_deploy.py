@@ -72,7 +72,7 @@ QUICK = {
 PATIENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(LIMIT),
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(LIMIT),
-    # Nor is a replica full because it takes more than 0.1 s to say how much it has: the way in would
+    # Nor is a replica full because it takes more than 0.1 s to say how much it has. The way in would
     # send what belongs there to another.
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": str(LIMIT),
     "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": str(LIMIT),
