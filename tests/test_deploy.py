@@ -72,8 +72,8 @@ QUICK = {
 PATIENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(LIMIT),
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(LIMIT),
-    # Nor is a replica full because it takes more than 0.1 s to say how much it has. The way in would
-    # send what belongs there to another.
+    # Nor is a replica full because it takes more than 0.1 s to say how much it has. What belongs
+    # there would be sent to another.
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": str(LIMIT),
     "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": str(LIMIT),
 }
