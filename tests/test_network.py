@@ -13,8 +13,10 @@ import torch
 import chatglm
 from chatglm.engine import cpu_attention as attention
 from chatglm.hardware import threads as device
+from chatglm.hardware.cpu_linear import HalfLinear
 from chatglm.hardware.threads import FreeCores
 from chatglm.text.messages import to_messages
+from tests.original import native
 from tests.servers import LIMIT, until
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -130,3 +132,20 @@ def test_cores_that_other_programs_use_are_not_free():
         for other in others:
             other.kill()
             other.wait()
+
+
+def test_other_networks_in_half_precision_get_the_products_of_half_matrices(tmp_path):
+    """Half the memory to read for each token, and the same numbers."""
+    native(tmp_path, "Llama")
+    tokenizer, model = chatglm.load(tmp_path, device="cpu", dtype="float32")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    model.lm_head.weight.data[0, 0] = 1 / 3  # that one is no number of float16
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.inference_mode():
+        before = model(ids).logits
+        with chatglm.Engine(tokenizer, model):
+            kinds = {type(m) for m in model.modules() if "Linear" in type(m).__name__}
+        after = model(ids).logits
+    assert kinds == {torch.nn.Linear, HalfLinear} and type(model.lm_head) is torch.nn.Linear
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)

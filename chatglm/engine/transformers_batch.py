@@ -32,6 +32,7 @@ from chatglm.engine.cpu_cache import MemoryOnFirstUse
 from chatglm.engine.cpu_glm import FusedGlmMixin
 from chatglm.engine.rows import RowExtras, params_of
 from chatglm.engine.sequence import LatestOutput, Output, Sequence
+from chatglm.hardware.cpu_linear import use_half_weights
 from chatglm.sampling import SamplingParams, can_branch, choose, penalise
 
 
@@ -64,6 +65,8 @@ class Batch:
             config.max_blocks_per_request = math.ceil(max_model_len / config.page_size)
             if isinstance(model, FusedGlmMixin):
                 model.fuse()
+            elif not torch.distributed.is_initialized():
+                use_half_weights(model)
         with MemoryOnFirstUse() if model.device.type == "cpu" else nullcontext():
             self._manager.warmup()  # builds the cache now: a lack of memory shows at start-up
         self.block_size: int = config.page_size

@@ -232,6 +232,24 @@ def weight_only_int8(weights: Weights) -> Product:
     return lambda rows: torch.ops.aten._weight_int8pack_mm(rows, weight, scale)
 
 
+def is_half(weight: Tensor) -> bool:
+    """Whether HalfLinear computes the same as torch.nn.Linear with this matrix."""
+    return has_fbgemm() and torch.equal(weight.half().float(), weight)
+
+
+def use_half_weights(model: nn.Module) -> None:
+    """Puts a HalfLinear in place of each float32 torch.nn.Linear that it computes the same as."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not nn.Linear or layer.weight.dtype != torch.float32:
+                continue
+            if is_half(layer.weight):
+                half = HalfLinear(layer.in_features, layer.out_features, bias=False)
+                half.bias = layer.bias
+                half.pack(HalfLinear.shrink(layer.weight.data))
+                setattr(parent, name, half)
+
+
 def joined_product(*layers: nn.Module) -> Product:
     """One product with the matrices of all `layers`, one below the other, torch.nn.Linear's or
     small ones. A float32 matrix whose numbers are all float16 numbers, as the published ones are,
@@ -243,7 +261,7 @@ def joined_product(*layers: nn.Module) -> Product:
         return lambda rows: torch.cat([product(rows) for product in products], dim=-1)
     weight = join_rows([layer.weight for layer in layers])
     bias = join_rows([layer.bias for layer in layers])
-    if not has_fbgemm() or not torch.equal(weight.half().float(), weight):
+    if not is_half(weight):
         return lambda rows: linear(rows, weight, bias)
     kernel = HalfLinear.make_kernel({"weight": weight})
     return kernel if bias is None else lambda rows: kernel(rows).add_(bias)
