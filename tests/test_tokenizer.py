@@ -319,13 +319,14 @@ def fallback(tmp_path_factory):
     return native(tmp_path_factory.mktemp("fallback"), words=byte_fallback)
 
 
-@pytest.mark.parametrize("text", [*TEXTS, "一二三四 five 六七八九十", "12 🦀🦀 3"])
-def test_characters_by_byte_fallback_come_one_by_one(fallback, text):
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("text", [*TEXTS, "一二三四 five 六七八九十", "12 🦀🦀 3", "🦀é🦀🦀龘龘"])
+def test_characters_by_byte_fallback_come_as_soon_as_they_are_whole(fallback, text, size):
     ids = transformers.AutoTokenizer.from_pretrained(fallback).encode(text)
-    seen, whole = stream(chatglm.load(str(fallback), device="cpu")[0], ids)
+    seen, whole = stream(chatglm.load(str(fallback), device="cpu")[0], ids, size)
     assert whole == text
     assert all(text.startswith(part) for part in seen)
-    assert {text[:length] for length in range(1, len(text) + 1)} <= set(seen)
+    assert size > 1 or {text[:length] for length in range(1, len(text) + 1)} <= set(seen)
 
 
 def test_no_ids_make_no_text(tokenizer):

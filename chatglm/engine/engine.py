@@ -270,7 +270,7 @@ class Engine:
                 raise EngineError("the engine was stopped", "cancelled")
             logger.error("%s: %s", sequence.request_id, output.error)
             self._keep_running()  # if it was the model thread that died
-            raise EngineError("the model failed; the answer is broken off")
+            raise EngineError(sequence.failure or "the model failed; the answer is broken off")
         stats, params = sequence.stats, sequence.params
         tokens, is_finished = output.token_ids, output.is_finished
         if stats.hidden_tokens is None:

@@ -67,7 +67,7 @@ class RowExtras:
             made = sequence.resumed_ids + state.generated_tokens
             allowed = sequence.constraint.allowed(made, sequence.max_tokens - len(made))
         except ValueError as error:
-            sequence.failure = f"the answer's form takes too long to keep: {error}"
+            sequence.failure = f"response_format or tools take too long to keep to: {error}"
             return bias
         allowed = allowed.to(self.device)
         return torch.where(allowed, 0.0 if bias is None else bias, NEVER)

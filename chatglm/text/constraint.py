@@ -21,13 +21,14 @@ from chatglm.text.template import TemplateTokenizer
 if TYPE_CHECKING:
     from chatglm.text.tokenizer import Tokenizer
 
-# What one step may take at most. Real schemas stay far below, and the model's thread has others to
-# serve.
+# What one step may take at most: a few milliseconds, for about 300 optional properties. The model's
+# thread has others to serve.
 LIMITS = llguidance.LLParserLimits(
-    step_lexer_fuel=50_000, step_max_items=10_000, verbose_errors=False
+    step_lexer_fuel=50_000, step_max_items=60_000, verbose_errors=False
 )
 CHARACTERS_A_TOKEN = 6  # of a grammar, for each token of an answer: a rough guess
 ENDS_AHEAD = 256  # tokens; so long before its limit, an answer is looked at
+MAX_GUESSES = 16  # on the way to an end, where none of the following may come
 # The first of these that may come brings an answer nearer to its end. The last two are for strings,
 # in which a bracket is a character like any other.
 CLOSERS = ("}])\"':,01ntf[{", "\"}])':,01ntf[{", "'}])\":,01ntf[{")
@@ -72,8 +73,12 @@ class GrammarCompiler:
             raise InvalidField(field, "cannot be kept to with --devices; leave it out")
         vocabulary, grammar = self.vocabulary(), form.grammar(self._tokenizer)
         matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=LIMITS)
-        if matcher.is_error():
-            raise InvalidField(field, reason(matcher.get_error()))
+        # The first step of an object is the dearest, as a rule: it chooses among all properties.
+        trial = matcher.deep_copy()
+        trial.try_consume_tokens(vocabulary.tokenize_str('{"'))
+        trial.compute_bitmask()
+        if error := matcher.get_error() or trial.get_error():
+            raise InvalidField(field, reason(error))
         if begun and not matcher.consume_tokens(vocabulary.tokenize_str(begun)):
             raise InvalidField("messages", f"end with an answer that {field} does not allow")
         margin = min(ENDS_AHEAD // 4, len(grammar) // CHARACTERS_A_TOKEN)
@@ -144,11 +149,7 @@ class Constraint:
         self._matcher.consume_tokens(tokens[self._consumed :])
         self._consumed = len(tokens)
         if left <= self._look_at and not self.is_cut:
-            end = self._shortest_end()
-            to_spare = left - len(end) - self._margin
-            self._look_at = left - max(1, to_spare // 4)
-            if to_spare <= 0:
-                self._end, self.is_cut = end, True
+            self._bring_to_end(left)
         allowed = self._mask(self._matcher)
         if self._end and allowed[self._end[0]]:
             allowed = torch.zeros_like(allowed)
@@ -161,21 +162,31 @@ class Constraint:
         eights = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
         return (eights[:, None] & BITS).bool().flatten()[: self._vocab_size]
 
-    def _shortest_end(self) -> list[int]:
-        """Tokens that bring the answer to an end, about as few as there can be."""
-        return min(map(self._end_by, self._closers), key=len)
+    def _bring_to_end(self, left: int) -> None:
+        """Decides whether it is time to, or when to look again."""
+        ends = [end for closers in self._closers if (end := self._end_by(closers)) is not None]
+        if not ends:
+            self._look_at = left // 2
+            return
+        end = min(ends, key=len)
+        to_spare = left - len(end) - self._margin
+        self._look_at = left - max(1, to_spare // 4)
+        if to_spare <= 0:
+            self._end, self.is_cut = end, True
 
-    def _end_by(self, closers: list[int]) -> list[int]:
-        """The end to which these tokens lead, the first of them that may come each time. If that is
-        none, it is too long."""
-        matcher, tokens = self._matcher.deep_copy(), list[int]()
-        while len(tokens) < ENDS_AHEAD and not matcher.is_accepting():
+    def _end_by(self, closers: list[int]) -> list[int] | None:
+        """The tokens to an end, each time the first of `closers` that may come. None if there is no
+        end near."""
+        matcher, tokens, guesses = self._matcher.deep_copy(), list[int](), 0
+        while not matcher.is_accepting():
             next_tokens = matcher.compute_ff_tokens()  # where there is no choice
             if not next_tokens:
-                allowed = self._mask(matcher)
-                may_come = (token for token in closers if allowed[token])
-                next_tokens = [next(may_come, int(allowed.nonzero()[-1]))]
-            if not matcher.consume_tokens(next_tokens):
-                break
+                next_tokens = next(([t] for t in closers if matcher.validate_tokens([t])), [])
+            if not next_tokens:
+                guesses += 1
+                next_tokens = self._mask(matcher).nonzero()[-1].tolist()
             tokens += next_tokens
+            is_far = len(tokens) > ENDS_AHEAD or guesses > MAX_GUESSES
+            if is_far or not matcher.consume_tokens(next_tokens):
+                return None
         return tokens

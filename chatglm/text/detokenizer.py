@@ -37,8 +37,14 @@ class Detokenizer:
         self.text = ""
 
     def push(self, ids: list[int]) -> None:
-        self._ids += ids
-        tail = self._tail(self._ids)
+        tail = self._tail(self._ids + ids)
+        if len(ids) > 1 and tail.endswith(REPLACEMENT):
+            # Some decoders give up a whole run of bytes if its last character is unfinished. One by
+            # one, the ids of each character before it are settled.
+            for i in ids:
+                self.push([i])
+            return
+        self._ids = self._ids + ids
         # An unfinished character has three bytes at most, so older broken ones stay broken.
         held = min(3, len(tail) - len(tail.rstrip(REPLACEMENT)))
         held = held or self._count_unsettled(tail)

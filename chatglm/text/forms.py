@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from chatglm.text.tokenizer import Tokenizer
 
 # Limits that real schemas do not meet. Without them, building a grammar could take minutes.
-MAX_SCHEMA = 2**16  # characters
-MAX_MULTIPLE = 1000  # multipleOf counts digits with so many states
+MAX_SCHEMA = 2**15  # characters
+MAX_VALUE = 2000  # characters
+MAX_MULTIPLE = 100  # multipleOf counts digits with so many states
 WHITESPACE = r"[ \n\t]{0,20}"  # between two things in JSON; a model must not go on with it for ever
 SPACE = r"/[ \n]{1,2}/"  # some models write it first
 # A Python string as a model writes it, for an argument that may be any text.
 PYTHON_STRING = r"""/'([^'\\\x00-\x1f\x7f]|\\['"\\nt])*'/"""
 SCHEMAS_INSIDE = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+BESIDE_REF = {"$ref", "$defs", "definitions", "$schema", "$id", "$comment"} | {
+    *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly")
+}
 VALUES_INSIDE = ("const", "enum", "default", "examples", "example")  # not schemas
 
 
@@ -103,9 +107,14 @@ def escaped(name: str) -> str:
 def json_rule(schema: dict[str, Any], field: str, strict: bool) -> str:
     """A schema as a grammar has it. Raises InvalidField for what takes too long to understand."""
     for part in schemas_in(schema):
+        values = [part.get("pattern"), part.get("const"), *listed(part.get("enum"))]
+        if any(len(json.dumps(value)) > MAX_VALUE for value in values):
+            raise InvalidField(field, f"has a value of more than {MAX_VALUE} characters")
         merged, multiple = part.get("allOf"), part.get("multipleOf")
         if isinstance(merged, list) and len(merged) > 1:
             raise InvalidField(field, "has allOf with several schemas; write them as one")
+        if "$ref" in part and not part.keys() <= BESIDE_REF:
+            raise InvalidField(field, 'has other keywords beside "$ref"; write them as one schema')
         if isinstance(multiple, (int, float)) and len_of_multiple(multiple) > MAX_MULTIPLE:
             raise InvalidField(field, f"has multipleOf {multiple}; leave it out")
     options = {"whitespace_pattern": WHITESPACE} | (
@@ -115,6 +124,10 @@ def json_rule(schema: dict[str, Any], field: str, strict: bool) -> str:
     if len(written) > MAX_SCHEMA:
         raise InvalidField(field, f"is longer than {MAX_SCHEMA} characters")
     return f"%json {written}"
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
