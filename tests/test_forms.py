@@ -16,7 +16,7 @@ import torch
 import chatglm
 from chatglm import InvalidField, SamplingParams
 from chatglm.text import forms
-from chatglm.text.constraint import GrammarCompiler
+from chatglm.text.constraint import GrammarCompiler, next_biases
 from chatglm.text.forms import CallableTool, CallForm, JsonForm
 from chatglm.text.tools import declare, read_call
 from tests.original import byte_fallback, golden, native
@@ -298,10 +298,16 @@ def test_a_constraint_goes_back_as_after_a_pause(engine):
     compiler = GrammarCompiler(engine.tokenizer, engine.model.config.vocab_size)
     constraint = compiler.compile(JsonForm(PERSON, "f"))
     tokens = engine.tokenizer.encode('{"name": "Ann", "age": 7}')
-    masks = [constraint.allowed(tokens[:n], 1000) for n in range(len(tokens))]
+    vocab_size = engine.model.config.vocab_size
+
+    def biases(n):
+        constraint.advance(tokens[:n], 1000)
+        return next_biases([constraint], vocab_size)[0]
+
+    in_order = [biases(n) for n in range(len(tokens))]
     for n in (3, len(tokens) - 1, 0):
-        assert torch.equal(constraint.allowed(tokens[:n], 1000), masks[n])
-    assert all(mask[token] for mask, token in zip(masks, tokens, strict=True))
+        assert torch.equal(biases(n), in_order[n])
+    assert all(bias[token] == 0 for bias, token in zip(in_order, tokens, strict=True))
 
 
 # What cannot be kept is refused, before it takes time

@@ -12,8 +12,8 @@ import torch
 
 from chatglm.engine.sequence import Sequence
 from chatglm.sampling import Bias, SamplingParams, TokenLogprob
+from chatglm.text.constraint import next_biases
 
-NEVER = -1e9  # added to a score; minus infinity would make the row look broken
 # For the library's own requests, with which it warms up and captures CUDA graphs.
 NEUTRAL = SamplingParams(temperature=0.0, top_p=1.0, seed=0)
 
@@ -44,33 +44,40 @@ class RowExtras:
             for row, _ in self.biased:
                 self.graph_biases[row] = 0
         self.biased = [
-            (row, values)
+            (row, self._bias_of(state))
             for row, state in enumerate(states)
-            if (values := self._added_to(state)) is not None
+            if params_of(state).has_bias
         ]
+        self.biased += self._biases_of_forms(states)
         if self.graph_biases is not None:
             for row, bias in self.biased:
-                self.graph_biases[row] = bias
+                self.graph_biases[row] += bias
         self.recorded = [
             (row, state.position_offset, self.sequences[state.request_id])
             for row, state in enumerate(states)
             if params_of(state).logprobs is not None and state.request_id in self.sequences
         ]
 
-    def _added_to(self, state: Any) -> torch.Tensor | None:
-        """What is added to the scores of this row, [V]."""
-        bias = self._bias_of(state) if params_of(state).has_bias else None
-        sequence = self.sequences.get(state.request_id)
-        if sequence is None or sequence.constraint is None:
-            return bias
-        try:
-            made = sequence.resumed_ids + state.generated_tokens
-            allowed = sequence.constraint.allowed(made, sequence.max_tokens - len(made))
-        except ValueError as error:
-            sequence.failure = f"response_format or tools take too long to keep to: {error}"
-            return bias
-        allowed = allowed.to(self.device)
-        return torch.where(allowed, 0.0 if bias is None else bias, NEVER)
+    def _biases_of_forms(self, states: list[Any]) -> list[tuple[int, torch.Tensor]]:
+        rows, sequences, constraints = [], [], []
+        for row, state in enumerate(states):
+            sequence = self.sequences.get(state.request_id)
+            if sequence is None or sequence.constraint is None:
+                continue
+            made = state.generated_tokens
+            if sequence.resumed_ids:
+                made = sequence.resumed_ids + made
+            sequence.constraint.advance(made, sequence.max_tokens - len(made))
+            rows.append(row)
+            sequences.append(sequence)
+            constraints.append(sequence.constraint)
+        if not rows:
+            return []
+        biases = next_biases(constraints, self.vocab_size).to(self.device)
+        for sequence, constraint in zip(sequences, constraints, strict=True):
+            if constraint.error:
+                sequence.failure = f"this takes too long to keep to: {constraint.error}"
+        return list(zip(rows, biases, strict=True))
 
     def _bias_of(self, state: Any) -> torch.Tensor:
         """Kept with the request's settings, so that it is freed with the request."""

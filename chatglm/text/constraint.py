@@ -6,6 +6,8 @@ among the tokens that it allows.
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,11 +30,14 @@ LIMITS = llguidance.LLParserLimits(
 )
 CHARACTERS_A_TOKEN = 6  # of a grammar, for each token of an answer: a rough guess
 ENDS_AHEAD = 256  # tokens; so long before its limit, an answer is looked at
+LOOK_EVERY = 4  # tokens, at most
 MAX_GUESSES = 16  # on the way to an end, where none of the following may come
 # The first of these that may come brings an answer nearer to its end. The last two are for strings,
 # in which a bracket is a character like any other.
 CLOSERS = ("}])\"':,01ntf[{", "\"}])':,01ntf[{", "'}])\":,01ntf[{")
-BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+NEVER = -1e9  # added to a score; minus infinity would make the row look broken
+# What eight tokens get, by the byte that has a bit for each.
+BIASES = torch.tensor([[0.0 if byte >> i & 1 else NEVER for i in range(8)] for byte in range(256)])
 
 
 class Vocabulary:
@@ -81,7 +86,7 @@ class GrammarCompiler:
             raise InvalidField(field, reason(error))
         if begun and not matcher.consume_tokens(vocabulary.tokenize_str(begun)):
             raise InvalidField("messages", f"end with an answer that {field} does not allow")
-        margin = min(ENDS_AHEAD // 4, len(grammar) // CHARACTERS_A_TOKEN)
+        margin = LOOK_EVERY + min(ENDS_AHEAD // 4, len(grammar) // CHARACTERS_A_TOKEN)
         return Constraint(matcher, self._closers, self._vocab_size, margin)
 
     def vocabulary(self) -> llguidance.LLTokenizer:
@@ -132,7 +137,7 @@ class Constraint:
         self._restart()
 
     def _restart(self) -> None:
-        self._matcher, self._consumed = self._initial.deep_copy(), 0
+        self.matcher, self._consumed = self._initial.deep_copy(), 0
         self._look_at = ENDS_AHEAD  # tokens left, at which the way to the end is measured next
         self._end: list[int] = []  # once it is brought to an end: the tokens that are left
         self.is_cut = False
@@ -141,52 +146,85 @@ class Constraint:
         """The same, for another answer."""
         return Constraint(self._initial, self._closers, self._vocab_size, self._margin)
 
-    def allowed(self, tokens: list[int], left: int) -> torch.Tensor:
-        """What may follow `tokens`, which are the whole answer so far, [V] bool. `left` is how many
-        more there may be. Raises ValueError if the grammar takes too much time."""
+    def advance(self, tokens: list[int], left: int) -> None:
+        """Takes in `tokens`, the whole answer so far. `left` is how many more there may be."""
         if len(tokens) < self._consumed:  # after a pause, an answer goes on where it was reported
             self._restart()
-        self._matcher.consume_tokens(tokens[self._consumed :])
+        self.matcher.consume_tokens(tokens[self._consumed :])
         self._consumed = len(tokens)
         if left <= self._look_at and not self.is_cut:
             self._bring_to_end(left)
-        allowed = self._mask(self._matcher)
-        if self._end and allowed[self._end[0]]:
-            allowed = torch.zeros_like(allowed)
-            allowed[self._end.pop(0)] = True
-        if self._matcher.is_error():
-            raise ValueError(self._matcher.get_error().partition("\n")[0])
-        return allowed
 
-    def _mask(self, matcher: llguidance.LLMatcher) -> torch.Tensor:
-        eights = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
-        return (eights[:, None] & BITS).bool().flatten()[: self._vocab_size]
+    @property
+    def error(self) -> str:
+        """Why it cannot go on: the grammar takes too much time."""
+        return self.matcher.get_error().partition("\n")[0]
+
+    def next_of_end(self) -> int | None:
+        """The token that must come, where the answer is brought to an end."""
+        return self._end.pop(0) if self._end else None
 
     def _bring_to_end(self, left: int) -> None:
         """Decides whether it is time to, or when to look again."""
-        ends = [end for closers in self._closers if (end := self._end_by(closers)) is not None]
-        if not ends:
+        end = self._shortest_end()
+        if end is None:
             self._look_at = left // 2
             return
-        end = min(ends, key=len)
         to_spare = left - len(end) - self._margin
-        self._look_at = left - max(1, to_spare // 4)
+        self._look_at = left - max(LOOK_EVERY, to_spare // 2)
         if to_spare <= 0:
             self._end, self.is_cut = end, True
+
+    def _shortest_end(self) -> list[int] | None:
+        ends = []
+        for closers in self._closers:
+            end = self._end_by(closers)
+            if end is not None:
+                ends.append(end)
+                if len(end) < LOOK_EVERY:
+                    break  # short enough
+        return min(ends, key=len, default=None)
 
     def _end_by(self, closers: list[int]) -> list[int] | None:
         """The tokens to an end, each time the first of `closers` that may come. None if there is no
         end near."""
-        matcher, tokens, guesses = self._matcher.deep_copy(), list[int](), 0
+        matcher, tokens, guesses = self.matcher.deep_copy(), list[int](), 0
         while not matcher.is_accepting():
             next_tokens = matcher.compute_ff_tokens()  # where there is no choice
             if not next_tokens:
                 next_tokens = next(([t] for t in closers if matcher.validate_tokens([t])), [])
             if not next_tokens:
                 guesses += 1
-                next_tokens = self._mask(matcher).nonzero()[-1].tolist()
+                bias = biases_of([matcher], self._vocab_size)[0]
+                next_tokens = (bias == 0).nonzero()[-1].tolist()
             tokens += next_tokens
             is_far = len(tokens) > ENDS_AHEAD or guesses > MAX_GUESSES
             if is_far or not matcher.consume_tokens(next_tokens):
                 return None
         return tokens
+
+
+def next_biases(constraints: list[Constraint], vocab_size: int) -> torch.Tensor:
+    """What to add to the scores of each answer, [n, V]: 0 where a token may follow, else NEVER."""
+    biases = biases_of([constraint.matcher for constraint in constraints], vocab_size)
+    for row, constraint in zip(biases, constraints, strict=True):
+        token = constraint.next_of_end()
+        if token is not None and row[token] == 0:
+            row.fill_(NEVER)
+            row[token] = 0
+    return biases
+
+
+def biases_of(matchers: list[llguidance.LLMatcher], vocab_size: int) -> torch.Tensor:
+    """All in one call, which gives up the interpreter lock: it takes milliseconds to get it back
+    from a busy event loop."""
+    words = math.ceil(vocab_size / 32)
+    masks = torch.empty(len(matchers), words, dtype=torch.int32)
+    places = [(matcher, row) for row, matcher in enumerate(matchers)]
+    executor().unsafe_compute_mask_ptr(places, masks.data_ptr(), 4 * words, len(matchers))
+    return BIASES[masks.view(torch.uint8).int()].flatten(1)[:, :vocab_size]
+
+
+@functools.cache
+def executor() -> llguidance.LLExecutor:
+    return llguidance.LLExecutor(num_threads=1)
