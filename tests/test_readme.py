@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -222,6 +223,22 @@ def test_every_sample_in_python_runs(url, sample):
     sample = sample.replace("http://127.0.0.1:8000", url)
     run = [sys.executable, "-X", "utf8", "-c", sample]
     assert subprocess.run(run, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+
+
+def test_the_first_sample_tells_a_refusal_and_minds_no_proxy(url):
+    sample = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    sample = sample.replace("http://127.0.0.1:8000", url)
+    elsewhere = {
+        **os.environ,
+        "http_proxy": "http://127.0.0.1:9",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+    }
+    for history, status, said in [("[]", 0, "HTTP"), ("5", 1, "history must be a list")]:
+        changed = sample.replace('"history": []', f'"history": {history}')
+        run = [sys.executable, "-X", "utf8", "-c", changed]
+        done = subprocess.run(run, cwd=ROOT, env=elsewhere, capture_output=True)
+        assert done.returncode == status and said in (done.stdout + done.stderr).decode()
+        assert b"Traceback" not in done.stderr
 
 
 def test_refusals_and_whole_answers_are_as_described(url):
