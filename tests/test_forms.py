@@ -336,6 +336,13 @@ def test_a_schema_that_cannot_be_kept_is_refused_by_name(engine, schema, word):
     assert caught.value.field == "response_format" and "\n" not in str(caught.value)
 
 
+def test_the_schemas_of_all_tools_together_are_bounded(engine):
+    many = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(250)}}
+    form = CallForm([CallableTool(f"t{n}", many, "f") for n in range(20)])
+    with pytest.raises(InvalidField, match="tools have schemas of over"):
+        engine.prepare(HELLO, None, form)
+
+
 def test_what_is_not_strict_is_kept_as_far_as_it_goes(engine):
     schema = {
         "type": "object",

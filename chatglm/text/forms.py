@@ -27,9 +27,10 @@ SPACE = r"/[ \n]{1,2}/"  # some models write it first
 # A Python string as a model writes it, for an argument that may be any text.
 PYTHON_STRING = r"""/'([^'\\\x00-\x1f\x7f]|\\['"\\nt])*'/"""
 SCHEMAS_INSIDE = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-BESIDE_REF = {"$ref", "$defs", "definitions", "$schema", "$id", "$comment"} | {
-    *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly")
-}
+BESIDE_REF = set(
+    "$ref $defs definitions $schema $id $comment title description default examples deprecated "
+    "readOnly writeOnly".split()
+)
 VALUES_INSIDE = ("const", "enum", "default", "examples", "example")  # not schemas
 
 
@@ -74,8 +75,11 @@ class CallForm:
     def grammar(self, tokenizer: Tokenizer) -> str:
         """The name, a line end, the arguments: as a call in Python, which ChatGLM3 was taught, or
         as a JSON object."""
-        rules = []
+        rules, length = [], 0
         for i, tool in enumerate(self.tools):
+            length += len(json.dumps(tool.schema))
+            if length > 4 * MAX_SCHEMA:
+                raise InvalidField("tools", f"have schemas of over {4 * MAX_SCHEMA} characters")
             # The name and the line end are one word of the grammar: WORDS must not match it.
             # A space may come before it: SentencePiece adds one at the beginning of a text.
             name = "" if self.prefix(tokenizer) else rf"/ ?{escaped(tool.name)}\n/"
@@ -178,8 +182,10 @@ def python_call(number: int, schema: dict[str, Any], tool: CallableTool) -> str:
         return ""
     if not all(isinstance(each, dict) for each in properties.values()):
         return ""
-    lines = [f'call{number}: "```python\\ntool_call(" first{number}x0 ")\\n```"']
     shared = {"$defs": schema["$defs"]} if "$defs" in schema else {}
+    if len(json.dumps(shared)) * len(properties) > MAX_SCHEMA:  # each argument would repeat them
+        return ""
+    lines = [f'call{number}: "```python\\ntool_call(" first{number}x0 ")\\n```"']
     for i, (name, each) in enumerate(properties.items()):
         at = f"{number}x{i}"
         plain = each.keys() <= {"type", "title", "description", "default"}
