@@ -13,8 +13,14 @@ from typing import Any, NamedTuple
 
 from chatglm import Chunk
 from chatglm.sampling import TokenLogprob
-from chatglm.text.tokenizer import split_messages
-from chatglm.text.tools import ToolCall, may_be_call, read_call, tool_names, words_before_call
+from chatglm.text.tools import (
+    ToolCall,
+    last_message,
+    may_be_call,
+    read_call,
+    tool_names,
+    words_before_call,
+)
 from server.incoming import Admitted, Body
 from server.stops import StopSearch
 
@@ -54,8 +60,7 @@ async def visible(
     async with aclosing(until_stop(chunks, names, stops)) as until_end:
         async for chunk, call in until_end:
             if call:
-                written = split_messages(chunk.raw)[-1].partition("\n")[2].strip()
-                parts = [words_before_call(chunk.raw), call.name, written]
+                parts = [words_before_call(chunk.raw), *last_message(chunk.raw)]
                 chunk = replace(chunk, text="\n".join(filter(None, parts)))
             yield chunk
 

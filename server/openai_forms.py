@@ -25,6 +25,10 @@ class FunctionDefinition(StrictModel):
     parameters: dict[str, Any] = Field({}, description="a JSON schema")
     strict: bool = Field(False, description="the arguments always fit the schema")
 
+    def declaration(self) -> dict[str, Any]:
+        """What the model is told of it."""
+        return self.model_dump(exclude={"strict"})
+
 
 class Tool(StrictModel):
     type: Literal["function"]

@@ -169,7 +169,7 @@ class ChatCompletionRequest(ChatBody):
             messages += message.to_messages(f"messages.{i}")
         self.check_last(messages)
         names = set(self.callable_names())
-        tools = [tool.function.model_dump() for tool in self.tools if tool.function.name in names]
+        tools = [tool.function.declaration() for tool in self.tools if tool.function.name in names]
         return declare(messages, tools) if tools else messages
 
     def check_last(self, messages: list[dict]) -> None:

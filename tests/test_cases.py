@@ -11,6 +11,7 @@ import requests
 
 import chatglm
 import client
+from chatglm.tiny.evaluation import TOOLS
 from server.openai_request import ChatCompletionRequest
 from server.settings import Settings
 from tests.servers import LIMIT
@@ -274,15 +275,7 @@ def test_docs_need_no_other_server(url):
 
 # --- 6. Tools in the published form --------------------------------------------------------------
 
-WEATHER = {
-    "name": "get_weather",
-    "description": "Get the current weather of a city",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"type": "string"}},
-        "required": ["city"],
-    },
-}
+WEATHER = TOOLS[0]
 SYSTEM = (
     "Answer the following questions as best as you can. You have access to the following tools:"
 )

@@ -203,6 +203,12 @@ def test_tool_choice_says_what_may_and_what_must_be_called():
             completion(**wrong).callable_names()
 
 
+def test_the_model_is_told_the_name_the_description_and_the_parameters_alone():
+    for strict in ({}, {"strict": True}):
+        tools = [{"type": "function", "function": {**WEATHER, **strict}}]
+        assert completion(tools=tools).to_messages()[0]["tools"] == [WEATHER]
+
+
 def test_theirs_becomes_ours_role_by_role():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     messages = completion(

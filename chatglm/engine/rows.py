@@ -59,25 +59,24 @@ class RowExtras:
         ]
 
     def _biases_of_forms(self, states: list[Any]) -> list[tuple[int, torch.Tensor]]:
-        rows, sequences, constraints = [], [], []
-        for row, state in enumerate(states):
-            sequence = self.sequences.get(state.request_id)
-            if sequence is None or sequence.constraint is None:
-                continue
-            made = state.generated_tokens
-            if sequence.resumed_ids:
-                made = sequence.resumed_ids + made
-            sequence.constraint.advance(made, sequence.max_tokens - len(made))
-            rows.append(row)
-            sequences.append(sequence)
-            constraints.append(sequence.constraint)
-        if not rows:
+        formed = [
+            (row, state, sequence, sequence.constraint)
+            for row, state in enumerate(states)
+            if (sequence := self.sequences.get(state.request_id)) and sequence.constraint
+        ]
+        if not formed:
             return []
-        biases = next_biases(constraints, self.vocab_size).to(self.device)
-        for sequence, constraint in zip(sequences, constraints, strict=True):
+        for _, state, sequence, constraint in formed:
+            made = sequence.resumed_ids + state.generated_tokens
+            constraint.advance(made, sequence.max_tokens - len(made))
+        biases = next_biases([constraint for *_, constraint in formed], self.vocab_size)
+        for _, _, sequence, constraint in formed:
             if constraint.error:
-                sequence.failure = f"this takes too long to keep to: {constraint.error}"
-        return list(zip(rows, biases, strict=True))
+                sequence.failure = (
+                    f"response_format or tools take too long to keep to: {constraint.error}"
+                )
+        rows = [row for row, *_ in formed]
+        return list(zip(rows, biases.to(self.device), strict=True))
 
     def _bias_of(self, state: Any) -> torch.Tensor:
         """Kept with the request's settings, so that it is freed with the request."""

@@ -163,10 +163,9 @@ class SequenceRouter(OutputRouter):
 
 
 def translate(sequence: Sequence, output: GenerationOutput) -> Output:
-    error, tokens = output.error, output.generated_tokens
+    error, tokens = sequence.failure or output.error, output.generated_tokens
     if sequence.resumed_ids:  # for the library, these belong to the prompt
         tokens = sequence.resumed_ids + tokens
-    error = sequence.failure or error
     if output.logprobs and math.isnan(output.logprobs[-1]):  # the mark of SamplerProcessor
         error = "the model's scores are not finite"
     return Output(tokens, output.is_finished(), error)

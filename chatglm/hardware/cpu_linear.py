@@ -234,20 +234,19 @@ def weight_only_int8(weights: Weights) -> Product:
 
 def is_half(weight: Tensor) -> bool:
     """Whether HalfLinear computes the same as torch.nn.Linear with this matrix."""
-    return has_fbgemm() and torch.equal(weight.half().float(), weight)
+    is_float = weight.dtype == torch.float32
+    return is_float and has_fbgemm() and torch.equal(weight.half().float(), weight)
 
 
 def use_half_weights(model: nn.Module) -> None:
     """Puts a HalfLinear in place of each float32 torch.nn.Linear that it computes the same as."""
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is not nn.Linear or layer.weight.dtype != torch.float32:
-                continue
-            if is_half(layer.weight):
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and is_half(layer.weight):
+            with torch.device("meta"):  # nothing is allocated
                 half = HalfLinear(layer.in_features, layer.out_features, bias=False)
-                half.bias = layer.bias
-                half.pack(HalfLinear.shrink(layer.weight.data))
-                setattr(parent, name, half)
+            half.bias = layer.bias
+            half.pack(HalfLinear.shrink(layer.weight.data))
+            model.set_submodule(name, half)
 
 
 def joined_product(*layers: nn.Module) -> Product:

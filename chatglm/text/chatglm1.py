@@ -74,9 +74,11 @@ class ChatGLM1Tokenizer:
                 own[i] = b""
             elif piece == b"<n>":
                 own[i] = b"\n"
+            elif piece == TAB.encode():
+                own[i] = b"\t"
             elif blank := re.fullmatch(rb"<\|blank_(\d+)\|>", piece):
                 own[i] = b" " * int(blank[1])
-        return [b""] * self.num_image_tokens + [b"\t" if p == TAB.encode() else p for p in own]
+        return [b""] * self.num_image_tokens + own
 
     def _decode(self, ids: list[int]) -> str:
         own = [i - self.num_image_tokens for i in ids]

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from chatglm.errors import InvalidField
-from chatglm.text.forms import AnswerForm, JsonForm
+from chatglm.text.forms import AnswerForm
 from chatglm.text.template import TemplateTokenizer
 
 if TYPE_CHECKING:
@@ -73,9 +73,8 @@ class GrammarCompiler:
         """The constraint of an answer that has `begun`, if it has a form. Raises InvalidField."""
         if form is None:
             return None
-        field = form.field if isinstance(form, JsonForm) else form.tools[0].field
         if torch.distributed.is_initialized():
-            raise InvalidField(field, "cannot be kept to with --devices; leave it out")
+            raise InvalidField(form.field, "cannot be kept to with --devices; leave it out")
         vocabulary, grammar = self.vocabulary(), form.grammar(self._tokenizer)
         matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=LIMITS)
         # The first step of an object is the dearest, as a rule: it chooses among all properties.
@@ -83,9 +82,9 @@ class GrammarCompiler:
         trial.try_consume_tokens(vocabulary.tokenize_str('{"'))
         trial.compute_bitmask()
         if error := matcher.get_error() or trial.get_error():
-            raise InvalidField(field, reason(error))
+            raise InvalidField(form.field, reason(error))
         if begun and not matcher.consume_tokens(vocabulary.tokenize_str(begun)):
-            raise InvalidField("messages", f"end with an answer that {field} does not allow")
+            raise InvalidField("messages", f"end with an answer that {form.field} does not allow")
         margin = LOOK_EVERY + min(ENDS_AHEAD // 4, len(grammar) // CHARACTERS_A_TOKEN)
         return Constraint(matcher, self._closers, self._vocab_size, margin)
 

@@ -48,7 +48,10 @@ class JsonForm:
         return "\n" if tokenizer.has_metadata else ""
 
     def grammar(self, tokenizer: Tokenizer) -> str:
-        return f"start: {SPACE}? json\njson: {json_rule(self.schema, self.field, self.strict)}\n"
+        return f"start: {SPACE}? json\njson: {self.rule()}\n"
+
+    def rule(self) -> str:
+        return json_rule(self.schema, self.field, self.strict)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,10 @@ class CallForm:
     tools: list[CallableTool]
     required: bool = True
     otherwise: JsonForm | None = None
+
+    @property
+    def field(self) -> str:
+        return self.tools[0].field
 
     def prefix(self, tokenizer: Tokenizer) -> str:
         return self.tools[0].name + "\n" if self.required and len(self.tools) == 1 else ""
@@ -91,8 +98,7 @@ class CallForm:
         if self.otherwise:
             start.append("json")
             begin = json.dumps(self.otherwise.prefix(tokenizer))
-            rule = json_rule(self.otherwise.schema, self.otherwise.field, self.otherwise.strict)
-            rules.append(f"json: {begin} {SPACE}? value\nvalue: {rule}")
+            rules.append(f"json: {begin} {SPACE}? value\nvalue: {self.otherwise.rule()}")
         elif not self.required:
             names = "|".join(escaped(tool.name) for tool in self.tools)
             start.append("WORDS")
@@ -152,7 +158,7 @@ def schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
 def without_more(schema: Any) -> Any:
     """The schema without properties that it does not list, where it does not speak of them: a model
     would make some up."""
-    schema = json.loads(json.dumps(schema))
+    schema = json.loads(json.dumps(schema))  # a copy in which no two parts are one object
     for part in schemas_in(schema):
         if (
             part.get("type") == "object"

@@ -56,7 +56,7 @@ class TemplateTokenizer:
         # GLM-4's reads the tools of a message, others have a variable of that name.
         self._tools_in_message = re.search(r"""\w(\.tools\b|\[["']tools["']\])""", template)
         self.has_metadata = "metadata" in template  # GLM-4's first form
-        self._another_message = self.hf.convert_tokens_to_ids(ANOTHER_MESSAGE)
+        self._another_message = self.hf.get_vocab().get(ANOTHER_MESSAGE)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: a special token's name is taken apart like any other word."""

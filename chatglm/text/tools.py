@@ -12,7 +12,13 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import NamedTuple
 
-from chatglm.text.tokenizer import content_of, split_messages
+from chatglm.text.tokenizer import (
+    ANOTHER_MESSAGE,
+    content_of,
+    fill_in_year,
+    split_messages,
+    without_metadata,
+)
 
 # The system message of the published openai_api.py; the declarations follow as JSON.
 INTRODUCTION = (
@@ -59,9 +65,7 @@ def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
 
     Two formats: ChatGLM3's, as above, and GLM-4's, the name and then the arguments as JSON.
     """
-    last = split_messages(raw)[-1]  # words may come before it
-    name, _, content = last.partition("\n")  # an answer in words begins with an empty line
-    name, content = name.strip(), content.strip()
+    name, content = last_message(raw)
     if name not in names or len(content) > MAX_CALL:
         return None
     try:
@@ -79,10 +83,17 @@ def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
         return None
 
 
+def last_message(raw: str) -> tuple[str, str]:
+    """The first line of an answer's last message, and the rest. Words begin with an empty line."""
+    name, _, content = split_messages(raw)[-1].partition("\n")
+    return name.strip(), content.strip()
+
+
 def parse_python(block: str) -> dict:
     """Keyword arguments of `tool_call(…)` in a fenced block; only literals count as values."""
     _, _, code = block.removesuffix("```").partition("\n")  # after ```python
-    call = ast.parse(code.strip(), mode="eval").body
+    code = code.strip()
+    call = ast.parse(code, mode="eval").body
     if not (
         isinstance(call, ast.Call)
         and isinstance(call.func, ast.Name)
@@ -90,7 +101,6 @@ def parse_python(block: str) -> dict:
         and not call.args
     ):
         raise ValueError("not of the form tool_call(key=value, …)")
-    code = code.strip()
     arguments = {keyword.arg: parse_value(code, keyword.value) for keyword in call.keywords}
     if None in arguments:
         raise ValueError("**arguments have no names")
@@ -124,16 +134,15 @@ def published_response(raw: str, text: str, names: list[str]) -> Published:
     call = read_call(raw, names)
     if call is None:
         return Published(text, [("", text)])
-    *before, last = split_messages(raw)
-    messages = [("", content_of(each, finished=True)) for each in before]
-    messages.append((call.name, last.partition("\n")[2].strip()))
+    messages = [("", content_of(each, finished=True)) for each in split_messages(raw)[:-1]]
+    messages.append(last_message(raw))
     return Published({"name": call.name, "parameters": json.loads(call.arguments)}, messages)
 
 
 def words_before_call(raw: str) -> str:
-    """What an answer that ends in a call says before."""
-    *before, _ = split_messages(raw)
-    return "\n".join(content_of(each, finished=True) for each in before)
+    """What an answer that ends in a call says before, as `visible` shows it."""
+    words = fill_in_year(raw.rpartition(ANOTHER_MESSAGE)[0], finished=True)
+    return without_metadata(words, finished=True)
 
 
 def tool_names(messages: list) -> list[str]:
