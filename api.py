@@ -11,7 +11,7 @@ Endpoints:
     GET  /docs                 every route and field, to try in a browser
     GET, POST /stream          an answer as server-sent events      (server/sse.py)
     POST /v1/chat/completions  an answer in OpenAI's format         (server/openai_api.py)
-    GET  /v1/models            the one model, in OpenAI's format
+    POST /v1/completions       how a text goes on, in the same; GET /v1/models
 
 Limits (all flags are in server/settings.py):
     --max-concurrency 64       answers under way at once
@@ -44,7 +44,7 @@ from chatglm.text.messages import extend_history, to_messages
 from chatglm.text.tools import published_response, tool_names
 from server import metrics, openai_api, sse
 from server.answers import shown
-from server.bodies import ChatBody, History, RepetitionPenalty, Seed, Stop, Temperature, TopP
+from server.bodies import History, RepetitionPenalty, RequestBody, Seed, Stop, Temperature, TopP
 from server.browsers import Browsers
 from server.connections import uvicorn_config
 from server.headers import Heads
@@ -62,7 +62,7 @@ router = APIRouter()  # the routes of this file; `app` is put together at its en
 # --- 1. The request --------------------------------------------------------------------------
 
 
-class Chat(ChatBody):
+class Chat(RequestBody):
     """A question, with the turns before it."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"prompt": "你好"}})
@@ -76,8 +76,8 @@ class Chat(ChatBody):
     stop: Stop = []
     stream: bool = Field(True, description="false: the answer in one piece")
 
-    def to_messages(self) -> list[dict]:
-        return to_messages(self.prompt, self.history)
+    def prompts(self) -> list:
+        return [to_messages(self.prompt, self.history)]
 
     def sampling_params(self) -> chatglm.SamplingParams:
         return chatglm.SamplingParams(

@@ -13,7 +13,9 @@
     headers.py      request ids, unknown fields, HEAD
     uvicorn_http1.py    offers to upgrade, and HTTP/1.0
     sse.py          /stream, server-sent events
-    openai_request.py, openai_fields.py, openai_api.py    /v1, OpenAI's chat completions
+    openai_request.py, openai_chat.py, openai_text.py, openai_forms.py, openai_fields.py
+                    what a request to /v1 may hold
+    openai_replies.py, openai_api.py    what is answered, and the routes
     listener.py, connections.py, shutdown.py, logs.py    from the port to the last answer
 
 Nothing here imports torch, and nothing in chatglm/ imports this.

@@ -111,25 +111,6 @@ async def merged(
             await each.aclose()
 
 
-def logprobs_object(tokenizer: Any, logprobs: list[TokenLogprob]) -> dict:
-    """OpenAI's form: text, log-probability and UTF-8 of each token, with its alternatives."""
-
-    def described(token: int, logprob: float) -> dict:
-        text = text_of_token(tokenizer, token)
-        # A token may be a part of a character: it has no text of its own.
-        in_bytes = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": in_bytes}
-
-    content = [
-        {
-            **described(each.token, each.logprob),
-            "top_logprobs": [described(*other) for other in each.alternatives],
-        }
-        for each in logprobs
-    ]
-    return {"content": content, "refusal": None}
-
-
 def text_of_token(tokenizer: Any, token: int) -> str:
     """Its text behind another token: at the beginning, decoders drop a space."""
     anchor = tokenizer.decode([tokenizer.anchor])

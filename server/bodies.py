@@ -99,6 +99,7 @@ def one_of(forms: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+Prompt = list[dict] | str  # messages, or a text to go on with
 StopText = Annotated[str, Field(max_length=500)]
 Stop = Annotated[
     StopText | Annotated[list[StopText], Field(max_length=32, fail_fast=True)],
@@ -129,7 +130,7 @@ def is_zero(value: object) -> bool:
     return type(value) in (int, float) and value == 0  # False is 0 as well, but no number here
 
 
-class ChatBody(StrictModel):
+class RequestBody(StrictModel):
     """The body of a request for an answer, in any protocol."""
 
     stream: bool = False
@@ -142,8 +143,9 @@ class ChatBody(StrictModel):
         return self._unknown_fields
 
     @abstractmethod
-    def to_messages(self) -> list[dict]:
-        """The conversation as the tokenizer takes it. Raises InvalidField."""
+    def prompts(self) -> list[Prompt]:
+        """What is to be answered: one conversation, but for OpenAI's completions. Raises
+        InvalidField."""
 
     @abstractmethod
     def sampling_params(self) -> SamplingParams: ...
@@ -160,7 +162,7 @@ class ChatBody(StrictModel):
 
     @property
     def num_answers(self) -> int:
-        """How many answers are asked for."""
+        """How many answers each prompt gets."""
         return 1
 
     @classmethod
@@ -188,8 +190,7 @@ class ChatBody(StrictModel):
         """From what was JSON. Raises ValueError, naming the first field that is wrong."""
         unknown: list[str] = []
         if isinstance(fields, dict):
-            known = cls.model_fields.keys() | cls.IGNORED
-            unknown = [name for name in fields if name not in known]
+            unknown = [name for name in fields if not cls.uses(name) and name not in cls.IGNORED]
             fields = {name: value for name, value in fields.items() if cls.uses(name)}
             for name, value in fields.items():
                 check_values(name, value)

@@ -16,7 +16,7 @@ from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.bodies import ChatBody
+from server.bodies import RequestBody
 
 REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)  # what may stand in a header and the log
 logger = logging.getLogger("chatglm")
@@ -55,7 +55,7 @@ def trace_id_of(scope: Scope) -> str:
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-def notice_unknown_fields(request: Request, body: ChatBody) -> None:
+def notice_unknown_fields(request: Request, body: RequestBody) -> None:
     """A mistyped field, such as `topp`, would be ignored silently otherwise. It is not refused:
     real clients send fields of their own."""
     if body.unknown_fields:

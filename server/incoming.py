@@ -13,7 +13,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import ClientDisconnect
 
 import chatglm
-from server.bodies import ChatBody
+from server.bodies import Prompt, RequestBody
 from server.browsers import refuse_other_sites
 from server.clients import client_of
 from server.headers import notice_unknown_fields
@@ -22,14 +22,16 @@ from server.responses import unless_disconnected
 
 UPLOAD_TIMEOUT = 60  # seconds for a body to arrive, so that a slow upload cannot hold a connection
 logger = logging.getLogger("chatglm")
-Body = TypeVar("Body", bound=ChatBody)
+Body = TypeVar("Body", bound=RequestBody)
 
 
 class Admitted(NamedTuple, Generic[Body]):
     """A request that has a place in the engine or is queued for one."""
 
     body: Body
-    answers: list[AsyncGenerator[chatglm.Chunk, None]]  # closing one cancels it; /v1 has several
+    answers: list[
+        AsyncGenerator[chatglm.Chunk, None]
+    ]  # closing one cancels it; /v1 may have several
 
 
 async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
@@ -38,29 +40,32 @@ async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
     engine: chatglm.Engine = request.app.state.engine
     content = b"" if request.method == "GET" else await read_body(request)
 
-    def prepare() -> tuple[Body, str, chatglm.Sequence]:
+    def prepare() -> tuple[Body, list[Prompt], list[chatglm.Sequence]]:
         if request.method == "GET":
             body = body_type.from_query(request.query_params)
         else:
             body = body_type.from_json(content)
-        messages = body.to_messages()
-        sequence = engine.prepare(messages, body.sampling_params(), body.form())
-        return body, messages[-1]["content"], sequence
+        prompts = body.prompts()
+        params, form = body.sampling_params(), body.form()
+        return body, prompts, [engine.prepare(prompt, params, form) for prompt in prompts]
 
     client = client_of(request)
     preparing = request.app.state.preparation.run(client, prepare)
     try:
-        body, question, sequence = await unless_disconnected(request, preparing)
+        body, prompts, sequences = await unless_disconnected(request, preparing)
     except ValueError as error:
         raise BadRequest(error) from error
     notice_unknown_fields(request, body)
-    sequence.trace_id = request.state.trace_id
     if request.app.state.settings.log_prompts:
-        logger.info("prompt: %s", question)
+        for prompt in prompts:
+            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            logger.info("prompt: %s", text)
     answers: list[AsyncGenerator[chatglm.Chunk, None]] = []
     try:
-        for number in range(body.num_answers):
-            answers.append(await engine.submit(sequence.again(number), client))
+        for sequence in sequences:
+            sequence.trace_id = request.state.trace_id
+            for number in range(body.num_answers):
+                answers.append(await engine.submit(sequence.again(number), client))
     except BaseException:  # the queue is full, or the server stops: none of them is wanted
         for answer in answers:
             await answer.aclose()

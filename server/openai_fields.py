@@ -6,10 +6,8 @@ are those of other servers (vLLM, SGLang, llama.cpp, transformers), which their 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
-
-from chatglm import InvalidField
-from chatglm.errors import preview
 
 # What would change the answer and is not supported, with the values that ask for nothing.
 UNSUPPORTED: dict[str, list[Any]] = {
@@ -46,7 +44,16 @@ UNSUPPORTED: dict[str, list[Any]] = {
     "mirostat": [0],
     "no_repeat_ngram_size": [0],
 }
-ADVICE = {"functions": "use tools", "function_call": "use tool_choice"}
+
+ADVICE = {
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    # Where a text is gone on with:
+    "messages": "send it to /v1/chat/completions",
+    "tools": "send it to /v1/chat/completions",
+    "tool_choice": "send it to /v1/chat/completions",
+    "response_format": "send it to /v1/chat/completions",
+}
 
 # What changes nothing here: it is about accounts, storage and speed, or says what is so anyway.
 IGNORED = frozenset(
@@ -76,21 +83,13 @@ NOT_SET: dict[str, list[Any]] = {
 }
 
 
-def without_unset(fields: object) -> object:
+def without_unset(fields: object, not_set: Mapping[str, list[Any]]) -> object:
     """The fields of a request that say something."""
     if not isinstance(fields, dict):
         return fields
-    return {name: value for name, value in fields.items() if not is_unset(name, value)}
-
-
-def is_unset(name: str, value: object) -> bool:
-    # `True == 1` and `-1.0 == -1` in Python; here, types count.
-    return any(type(value) is type(none) and value == none for none in NOT_SET.get(name, []))
-
-
-def refuse_unsupported(fields: dict[str, Any]) -> None:
-    """Raises InvalidField for the first of `fields` that asks for what is not supported."""
-    for field, value in fields.items():
-        if field in UNSUPPORTED and value not in UNSUPPORTED[field]:
-            advice = ADVICE.get(field, "leave it out")
-            raise InvalidField(field, f"{preview(value)} is not supported; {advice}")
+    return {
+        name: value
+        for name, value in fields.items()
+        # `True == 1` and `-1.0 == -1` in Python; here, types count.
+        if not any(type(value) is type(none) and value == none for none in not_set.get(name, []))
+    }

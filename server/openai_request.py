@@ -1,95 +1,31 @@
-"""What a request for one of OpenAI's chat completions may hold, and what it means to the engine.
+"""What the requests for chat completions and for completions have in common: how the next token is
+chosen, and when an answer ends.
 
 Format: https://platform.openai.com/docs/api-reference/chat/create
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Annotated, Literal
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from chatglm import InvalidField, SamplingParams
 from chatglm.errors import preview
-from chatglm.text.forms import AnswerForm, CallableTool, CallForm
-from chatglm.text.tools import declare, write_call
 from server.bodies import (
-    ChatBody,
     RepetitionPenalty,
+    RequestBody,
     Seed,
     Stop,
     StrictModel,
     Temperature,
     TopP,
-    one_of,
 )
-from server.openai_fields import IGNORED, UNSUPPORTED, refuse_unsupported, without_unset
-from server.openai_forms import FunctionCall, NamedToolChoice, ResponseFormat, Tool, ToolChoice
-from server.parsing import check_values, parse
+from server.openai_fields import ADVICE, IGNORED, NOT_SET, UNSUPPORTED, without_unset
 
-ROLES = {"developer": "system", "tool": "observation", "function": "observation"}  # our names
-
-# Limits that real requests do not meet. The first entry that is wrong is refused (fail_fast): an
-# error for each of 300,000 would take seconds.
-MESSAGES = Field(min_length=1, max_length=20_000, fail_fast=True)
-PARTS = Field(max_length=1000, fail_fast=True)
-TOOLS = Field(max_length=1000, fail_fast=True)
 MAX_BIASES = 1024
-
-
-class ContentPart(StrictModel):
-    type: Literal["text"]
-    text: str
-
-
-class OtherPart(StrictModel):
-    """Known only to be refused as what it is."""
-
-    type: Literal["image_url", "input_image", "input_audio", "audio_url", "video_url", "file"]
-
-
-Content = Annotated[
-    str | Annotated[list[ContentPart | OtherPart], PARTS] | None,
-    one_of('a string or a list of {"type": "text", "text": …} parts'),
-]
-
-
-class MessageToolCall(StrictModel):
-    function: FunctionCall
-
-
-class Message(StrictModel):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Content = None
-    tool_calls: Annotated[list[MessageToolCall], TOOLS] | None = None
-    function_call: FunctionCall | None = Field(None, description="a call, in its older form")
-
-    def to_messages(self, where: str) -> list[dict]:
-        """As the tokenizer takes them: what is said, then each call. Raises InvalidField."""
-        content = self.content or ""
-        if not isinstance(content, str):
-            content = "".join(text_of(part, f"{where}.content") for part in content)
-        functions = {
-            f"{where}.tool_calls.{i}.function": call.function
-            for i, call in enumerate(self.tool_calls or [])
-        }
-        if self.function_call:
-            functions[f"{where}.function_call"] = self.function_call
-        calls = [
-            write_call(function.name, read_arguments(function.arguments, place))
-            for place, function in functions.items()
-        ]
-        if calls and not content:
-            return calls
-        return [{"role": ROLES.get(self.role, self.role), "content": content}, *calls]
-
-
-def text_of(part: ContentPart | OtherPart, where: str) -> str:
-    if isinstance(part, OtherPart):
-        raise InvalidField(where, f"has a part of type {part.type!r}; this model reads text alone")
-    return part.text
-
 
 Penalty = Annotated[
     float, Field(ge=-2, le=2, description="over 0 discourages what the answer has already")
@@ -112,25 +48,16 @@ class StreamOptions(StrictModel):
     include_usage: bool = False
 
 
-class ChatCompletionRequest(ChatBody):
-    """A conversation to go on with. Fields that are not listed are ignored, but for those that
-    would change the answer (functions, audio, …): they are refused. -1, 0 and "" count
-    as absent where they can mean nothing."""
+class OpenAIRequest(RequestBody):
+    """Fields that are not listed are ignored, but for those that would change the answer: they are
+    refused. -1, 0 and "" count as absent where they can mean nothing."""
 
-    IGNORED = IGNORED | UNSUPPORTED.keys()
+    IGNORED = IGNORED
+    UNSUPPORTED: ClassVar[Mapping[str, list[Any]]] = UNSUPPORTED
+    NOT_SET: ClassVar[Mapping[str, list[Any]]] = NOT_SET
+    model_config = ConfigDict(extra="allow")
 
-    model_config = ConfigDict(
-        extra="allow",
-        json_schema_extra={
-            "example": {"model": "chatglm", "messages": [{"role": "user", "content": "你好"}]}
-        },
-    )
     model: str = Field("", description="any name: the server has one model")
-    messages: Annotated[list[Message], MESSAGES] = Field(
-        description="if the last one is the assistant's, it is continued"
-    )
-    max_tokens: int | None = Field(None, ge=1, description="tokens of the answer")
-    max_completion_tokens: int | None = Field(None, ge=1, description="the same, newer name")
     top_p: TopP = 0.7
     temperature: Temperature = 0.95
     repetition_penalty: RepetitionPenalty = 1.0
@@ -139,74 +66,42 @@ class ChatCompletionRequest(ChatBody):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: Biases = Field({}, description="by token id: added to its score")
-    logprobs: bool = Field(False, description="tell how likely each token was")
-    top_logprobs: int = Field(0, ge=0, le=20, description="and so many others in its place")
     n: int = Field(1, ge=1, le=16, description="answers")
     seed: Seed = None
     stop: Stop = []
     stream_options: StreamOptions = StreamOptions()
-    tools: Annotated[list[Tool], TOOLS] = []
-    tool_choice: ToolChoice = "auto"
-    response_format: ResponseFormat = ResponseFormat(type="text")
 
     @property
     def num_answers(self) -> int:
         return self.n
 
+    @property
+    @abstractmethod
+    def most_tokens(self) -> int | None:
+        """Of an answer; None: what the context has left."""
+
+    @property
+    @abstractmethod
+    def alternatives(self) -> int | None:
+        """How many other tokens are told of in the place of each; None: no log-probabilities."""
+
     @model_validator(mode="before")
     @classmethod
     def drop_unset(cls, fields: object) -> object:
-        return without_unset(fields)
+        return without_unset(fields, cls.NOT_SET)
 
     @classmethod
     def uses(cls, field: str) -> bool:
-        return super().uses(field) or field in UNSUPPORTED
+        return super().uses(field) or field in cls.UNSUPPORTED
 
-    def to_messages(self) -> list[dict]:
-        refuse_unsupported(self.model_extra or {})
-        messages: list[dict] = []
-        for i, message in enumerate(self.messages):
-            messages += message.to_messages(f"messages.{i}")
-        self.check_last(messages)
-        names = set(self.callable_names())
-        tools = [tool.function.declaration() for tool in self.tools if tool.function.name in names]
-        return declare(messages, tools) if tools else messages
-
-    def check_last(self, messages: list[dict]) -> None:
-        """An answer that is begun is continued. One without text is none: some programs send it."""
-        if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:
-            messages.pop()
-        if messages[-1]["role"] != "assistant":
-            return
-        if "metadata" in messages[-1]:
-            raise InvalidField("messages", "must not end with a call; add the tool's result")
-        if len(messages) == 1 or not messages[-1]["content"]:
-            raise InvalidField("messages", "must have one that is not the assistant's")
-        if self.is_forced:
-            raise InvalidField("tool_choice", "cannot force a call where the answer has begun")
-
-    @property
-    def is_forced(self) -> bool:
-        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedToolChoice)
-
-    def callable_names(self) -> list[str]:
-        """The tools that the model may call. Raises InvalidField for one that is not declared."""
-        names = [tool.function.name for tool in self.tools]
-        if self.tool_choice == "none":
-            return []
-        if isinstance(self.tool_choice, NamedToolChoice):
-            wanted = self.tool_choice.function.name
-            if wanted not in names:
-                raise InvalidField(
-                    "tool_choice", f"names {preview(wanted)}, which is not among tools"
-                )
-            return [wanted]
-        if self.tool_choice == "required" and not names:
-            raise InvalidField("tool_choice", "'required' needs tools")
-        return names
+    def refuse_unsupported(self) -> None:
+        """Raises InvalidField for the first field that asks for what is not supported."""
+        for field, value in (self.model_extra or {}).items():
+            if value not in self.UNSUPPORTED[field]:
+                advice = ADVICE.get(field, "leave it out")
+                raise InvalidField(field, f"{preview(value)} is not supported; {advice}")
 
     def sampling_params(self) -> SamplingParams:
-        limits = [n for n in (self.max_tokens, self.max_completion_tokens) if n is not None]
         return SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -216,43 +111,13 @@ class ChatCompletionRequest(ChatBody):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple((token_id(key), bias) for key, bias in self.logit_bias.items()),
-            logprobs=self.top_logprobs if self.logprobs else None,
+            logprobs=self.alternatives,
             seed=self.seed,
-            max_visible_tokens=min(limits, default=None),
+            max_visible_tokens=self.most_tokens,
         )
-
-    def form(self) -> AnswerForm | None:
-        """What has no form asked for is left to the model: words, or a call as it writes one."""
-        names, json_form = set(self.callable_names()), self.response_format.form()
-        tools = [
-            CallableTool(
-                tool.function.name,
-                tool.function.parameters,
-                f"tools.{i}.function.parameters",
-                tool.function.strict,
-            )
-            for i, tool in enumerate(self.tools)
-            if tool.function.name in names
-        ]
-        if self.is_forced:
-            return CallForm(tools)
-        if tools and (json_form or any(tool.strict for tool in tools)):
-            return CallForm(tools, required=False, otherwise=json_form)
-        return json_form
 
 
 def token_id(key: str) -> int:
     if key.isascii() and key.isdecimal() and len(key) < 10:
         return int(key)
     raise InvalidField("logit_bias", f"must have token ids as its keys, not {preview(key)}")
-
-
-def read_arguments(text: str, where: str) -> dict:
-    field = f"{where}.arguments"
-    arguments: object = None
-    with suppress(ValueError):
-        arguments = parse((text or "{}").encode())
-    if not isinstance(arguments, dict):
-        raise InvalidField(field, f"must be a JSON object, not {preview(text)}")
-    check_values(field, arguments)  # JSON in a string of JSON: it has been checked as text only
-    return arguments

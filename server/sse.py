@@ -20,7 +20,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from chatglm import Chunk, EngineError
 from server.answers import shown
-from server.bodies import ChatBody
+from server.bodies import RequestBody
 from server.http_errors import REFUSAL, documented
 from server.incoming import AUTH, admit
 from server.responses import AnswerResponse
@@ -81,7 +81,7 @@ async def answer_events(
         yield json_event({"detail": str(error)}, event="error", id=message_id)
 
 
-def make_router(body_type: type[ChatBody]) -> APIRouter:
+def make_router(body_type: type[RequestBody]) -> APIRouter:
     """The routes of `/stream`, which take the body of `POST /`."""
     router = APIRouter(
         dependencies=AUTH,

@@ -12,7 +12,7 @@ import requests
 import chatglm
 import client
 from chatglm.tiny.evaluation import TOOLS
-from server.openai_request import ChatCompletionRequest
+from server.openai_chat import ChatCompletionRequest
 from server.settings import Settings
 from tests.servers import LIMIT
 from tests.test_client import run

@@ -25,7 +25,7 @@ from langchain_community.llms.chatglm import ChatGLM
 from langchain_community.llms.chatglm3 import ChatGLM3
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool as langchain_tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAI
 
 from tests.servers import LIMIT, busy, started_with, until
 
@@ -284,6 +284,19 @@ def test_a_tool_chosen_by_name_is_the_one_that_is_called(client, choice):
     assert call.function.name == "get_time" and json.loads(call.function.arguments) is not None
 
 
+@pytest.mark.parametrize("prompt", ["白日依山尽，", ["1, 2, 3,", "你好"]], ids=["one", "two"])
+def test_the_sdk_goes_on_with_a_text_whole_and_streamed(client, prompt):
+    asked = {"model": "chatglm", "prompt": prompt, "max_tokens": 20, "temperature": 0}
+    whole = client.completions.create(**asked)
+    parts = list(client.completions.create(**asked, stream=True))
+    assert len(whole.choices) == (1 if isinstance(prompt, str) else 2)
+    for choice in whole.choices:
+        mine = [part.choices[0] for part in parts if part.choices[0].index == choice.index]
+        assert "".join(part.text for part in mine) == choice.text != ""
+        assert mine[-1].finish_reason == choice.finish_reason
+    assert client.completions.create(**asked).choices == whole.choices
+
+
 # --- 3. openai: refusals -----------------------------------------------------------------------
 
 
@@ -372,6 +385,16 @@ def test_langchain_openai_invokes_and_streams_the_same_answer_and_usage(chat, ur
     assert count["input_tokens"] + count["output_tokens"] == count["total_tokens"] > 2
     for name in ("input_tokens", "output_tokens", "total_tokens"):
         assert parts.usage_metadata[name] == count[name]
+
+
+def test_langchain_openai_goes_on_with_texts(url, client):
+    llm = OpenAI(
+        base_url=url + "/v1", api_key="none", model="chatglm", temperature=0, max_tokens=20
+    )
+    texts = ["白日依山尽，", "1, 2, 3,"]
+    wanted = client.completions.create(model="", prompt=texts, temperature=0, max_tokens=20).choices
+    assert llm.batch(texts) == [choice.text for choice in wanted]
+    assert "".join(llm.stream(texts[0])) == llm.invoke(texts[0]) == wanted[0].text
 
 
 @langchain_tool

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests.servers import LIMIT, busy, until
 
@@ -36,6 +37,13 @@ def run(program, url, installed=PYTHON, command=PYTHON):
     return json.loads(done.stdout.decode().splitlines()[-1])
 
 
+def text_of(url):
+    """How a text goes on."""
+    asked = {"prompt": "1, 2, 3,", "max_tokens": 8, "temperature": 0}
+    reply = requests.post(url + "/v1/completions", json=asked, timeout=LIMIT)
+    return reply.json()["choices"][0]["text"]
+
+
 def is_person(value):
     return set(value) == {"name", "age"} and isinstance(value["age"], int)
 
@@ -44,6 +52,7 @@ def test_litellm(url):
     told = run("litellm_client.py", url)
     assert told["whole"] == told["streamed"] == HTTP and told["finish_reason"] == "stop"
     assert told["called"] == CALLED and is_person(told["formed"])
+    assert told["text"] == text_of(url)
 
 
 def test_instructor_gets_an_object_of_the_class_each_time(url):
@@ -61,5 +70,6 @@ def test_openai_on_node(url):
     told = run("openai_sdk.mjs", url, installed=CLIENTS / "node_modules", command="node")
     assert told["whole"] == told["streamed"] == HTTP and told["finish_reason"] == "stop"
     assert told["called"] == CALLED and is_person(told["formed"])
+    assert told["text"] == text_of(url)
     assert told["refused"] == "BadRequestError 400 temperature"
     until(lambda: busy(url) == 0)  # it hung up in the middle of counting

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 import chatglm
 from api import Chat, process
 from server import sse
-from server.openai_request import ChatCompletionRequest
+from server.openai_chat import ChatCompletionRequest
 from server.responses import AnswerResponse
 from server.settings import Settings, parse_settings
 from server.sse import EventStream, answer_events

@@ -30,7 +30,7 @@ from server.clients import client_of, network_of
 from server.connections import FOR_OTHERS
 from server.keys import read_keys
 from server.logs import CleanFormatter
-from server.openai_request import ChatCompletionRequest
+from server.openai_chat import ChatCompletionRequest
 from server.parsing import parse
 from server.preparation import THREADS, FairPool
 from server.settings import Settings, parse_settings

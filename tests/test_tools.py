@@ -12,7 +12,7 @@ from chatglm.text.template import TemplateTokenizer
 from chatglm.text.tokenizer import ChatGLMTokenizer
 from chatglm.text.tools import INTRODUCTION, declare, may_be_call, read_call, tool_names, write_call
 from server.answers import deltas
-from server.openai_request import ChatCompletionRequest
+from server.openai_chat import ChatCompletionRequest
 from server.stops import StopSearch
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"

@@ -36,11 +36,10 @@ from chatglm.sampling import SamplingParams, check_params, check_room
 from chatglm.text.constraint import GrammarCompiler
 from chatglm.text.continuation import (
     HIDDEN_TOKENS,
+    AnswerText,
     check_characters,
     encode_prompt,
-    hidden_tokens,
 )
-from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.forms import AnswerForm
 from chatglm.text.messages import extend_history, to_messages
 from chatglm.text.tools import published_response, tool_names
@@ -147,11 +146,11 @@ class Engine:
 
     def prepare(
         self,
-        messages: list[dict],
+        prompt: list[dict] | str,
         params: SamplingParams | None = None,
         form: AnswerForm | None = None,
     ) -> Sequence:
-        """Checks and tokenises. Any thread may call it.
+        """Checks and tokenises messages, or a text to go on with. Any thread may call it.
 
         Without any limit in `params`, the answer may fill the context. It has the `form`, such as
         JSON or a call of a tool, and continues the last message, if that is the assistant's. Raises
@@ -163,9 +162,9 @@ class Engine:
         check_params(params, self.model.config.vocab_size, offers_logprobs)
         context = self.max_request_tokens
         max_length = context if params.max_length is None else params.max_length
-        check_characters(self.tokenizer, messages, max_length, context)
+        check_characters(self.tokenizer, prompt, max_length, context)
         forced_prefix = form.prefix(self.tokenizer) if form else ""
-        input_ids, prefix, begun = encode_prompt(self.tokenizer, messages, forced_prefix)
+        input_ids, prefix, begun = encode_prompt(self.tokenizer, prompt, forced_prefix)
         limits = [check_room(len(input_ids), max_length, context), params.max_new_tokens]
         if params.max_visible_tokens is not None:
             limits.append(params.max_visible_tokens + HIDDEN_TOKENS)
@@ -173,7 +172,8 @@ class Engine:
         constraint = self._compiler.compile(form, prefix[len(prefix) - begun :])
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(32))
-        return Sequence(input_ids, max_new_tokens, params, prefix, begun, constraint)
+        plain = isinstance(prompt, str)
+        return Sequence(input_ids, max_new_tokens, params, prefix, begun, plain, constraint)
 
     async def submit(self, sequence: Sequence, client: str = "") -> AsyncGenerator[Chunk, None]:
         """Queues it, and returns the chunks of its answer. Raises QueueFull, or EngineError.
@@ -191,9 +191,9 @@ class Engine:
         await anext(chunks)
         return chunks
 
-    async def generate(self, messages: list[dict], **params) -> AsyncGenerator[Chunk, None]:
+    async def generate(self, prompt: list[dict] | str, **params) -> AsyncGenerator[Chunk, None]:
         """Chunks of the answer; `params` are the fields of SamplingParams."""
-        sequence = self.prepare(messages, SamplingParams(**params))
+        sequence = self.prepare(prompt, SamplingParams(**params))
         async with aclosing(await self.submit(sequence)) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -214,11 +214,9 @@ class Engine:
         self._enqueue(sequence)
         try:
             yield Chunk("", "", 0, 0)  # queued; `submit` takes this one
-            detokenizer = self.tokenizer.detokenizer()
-            if sequence.begun_length:  # else a space at the beginning would be dropped
-                detokenizer.push([self.tokenizer.anchor])
+            text = AnswerText(self.tokenizer, sequence)
             while sequence.stats.finish_reason is None:
-                yield self._chunk(sequence, await sequence.latest.next(), detokenizer)
+                yield self._chunk(sequence, await sequence.latest.next(), text)
         except EngineError as error:
             sequence.stats.finish_reason = error.finish_reason
             raise
@@ -263,7 +261,7 @@ class Engine:
 
     # 4. From tokens to text
 
-    def _chunk(self, sequence: Sequence, output: Output, detokenizer: Detokenizer) -> Chunk:
+    def _chunk(self, sequence: Sequence, output: Output, text: AnswerText) -> Chunk:
         """The answer so far, told by `output`. Raises EngineError if it failed."""
         if output.error is not None:
             if self._stopping:
@@ -274,21 +272,17 @@ class Engine:
         stats, params = sequence.stats, sequence.params
         tokens, is_finished = output.token_ids, output.is_finished
         if stats.hidden_tokens is None:
-            stats.hidden_tokens = hidden_tokens(self.tokenizer, sequence, tokens)
+            stats.hidden_tokens = text.hidden_tokens(tokens)
         hidden = len(tokens) if stats.hidden_tokens is None else stats.hidden_tokens
         if stats.hidden_tokens is not None and params.max_visible_tokens is not None:
             limit = hidden + params.max_visible_tokens
             tokens, is_finished = tokens[:limit], is_finished or len(tokens) >= limit
         stopped = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
-        detokenizer.push(tokens[stats.completion_tokens : len(tokens) - stopped])
+        text.push(tokens[stats.completion_tokens : len(tokens) - stopped])
         self.statistics.count(stats, len(tokens))
         if is_finished:
             stats.finish_reason = "stop" if stopped and not sequence.is_cut else "length"
-        text = detokenizer.finish() if is_finished else detokenizer.text
-        if sequence.begun_length:
-            text = text[len(self.tokenizer.decode([self.tokenizer.anchor])) :]
-        raw = sequence.forced_prefix + text
-        visible = self.tokenizer.visible(raw, finished=is_finished)[sequence.begun_length :]
+        raw, visible = text.so_far(is_finished)
         logprobs = sequence.logprobs_of(range(hidden, len(tokens) - stopped))
         counts = stats.prompt_tokens, len(tokens)
         return Chunk(visible, raw, *counts, stats.finish_reason, hidden, logprobs)

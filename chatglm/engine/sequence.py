@@ -53,6 +53,7 @@ class Sequence:
     params: SamplingParams  # with a seed
     forced_prefix: str = ""  # the answer begins with this text; it is not generated
     begun_length: int = 0  # characters at its beginning that the client knows, having begun it
+    is_plain: bool = False  # it goes on with a text, in no conversation: all of it is shown
     constraint: Constraint | None = None  # what form it must have
 
     trace_id: str = field(default="", init=False)  # what the client calls it, for the log

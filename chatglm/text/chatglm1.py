@@ -56,9 +56,11 @@ class ChatGLM1Tokenizer:
         text = re.sub(f" {{2,{LONGEST_BLANK}}}", lambda run: f"<|blank_{len(run[0])}|>", text)
         return [self.num_image_tokens + i for i in self.sp.encode(text)]
 
+    def encode_plain(self, text: str) -> list[int]:
+        return [*self.encode(text), self.specials["[gMASK]"], self.specials["<sop>"]]
+
     def encode_chat(self, messages: list[dict]) -> list[int]:
-        prompt = self.encode(chatglm1_prompt(messages))
-        return [*prompt, self.specials["[gMASK]"], self.specials["<sop>"]]
+        return self.encode_plain(chatglm1_prompt(messages))
 
     def decode(self, ids: list[int]) -> str:
         return clean_up(self._decode(ids))

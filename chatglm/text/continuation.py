@@ -1,5 +1,6 @@
-"""Where the part of an answer begins that its reader has not seen: behind what the client has begun
-itself (a last message of the assistant), and behind what the chat format hides."""
+"""From a prompt to ids, and from the tokens of an answer to what its reader is to see of it: what
+stands behind the beginning that the client wrote itself, and behind what the chat format hides.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +20,30 @@ ALWAYS_COUNTED = 2**16  # characters; of shorter prompts, a refusal has the exac
 
 
 def check_characters(
-    tokenizer: Tokenizer, messages: list[dict], max_length: int, context: int
+    tokenizer: Tokenizer, prompt: list[dict] | str, max_length: int, context: int
 ) -> None:
     """Raises PromptTooLong for a text so long that it cannot fit. It is not tokenised: that would
     take time and memory."""
     longest = tokenizer.longest_token
     most = max(ALWAYS_COUNTED, min(max_length, context) * longest)
-    characters = count_characters(messages, most)
+    characters = len(prompt) if isinstance(prompt, str) else count_characters(prompt, most)
     if characters > most:
         check_room(characters // longest, max_length, context, exact=False)
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, messages: list[dict], forced_prefix: str
+    tokenizer: Tokenizer, prompt: list[dict] | str, forced_prefix: str
 ) -> tuple[list[int], str, int]:
     """The ids up to where the model goes on; the text with which its answer begins; and how many
     characters of that the client has begun itself."""
-    begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+    if isinstance(prompt, str):
+        return tokenizer.encode_plain(prompt), "", 0
+    begun = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
     if begun:
-        input_ids, between = encode_begun(tokenizer, messages)
+        input_ids, between = encode_begun(tokenizer, prompt)
         return input_ids, between + begun, len(begun.lstrip())
     forced_ids = tokenizer.encode(forced_prefix) if forced_prefix else []
-    return tokenizer.encode_chat(messages) + forced_ids, forced_prefix, 0
+    return tokenizer.encode_chat(prompt) + forced_ids, forced_prefix, 0
 
 
 def encode_begun(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int], str]:
@@ -63,14 +66,40 @@ def encode_begun(tokenizer: Tokenizer, messages: list[dict]) -> tuple[list[int],
     return prompt + content, ""  # the format encodes both together, so that their tokens differ
 
 
-def hidden_tokens(tokenizer: Tokenizer, sequence: Sequence, tokens: list[int]) -> int | None:
-    """How many tokens stand before the first with visible text, or None if there is none yet. They
-    do not count for `max_visible_tokens`: a gateway tests a connection with one."""
-    anchor = [tokenizer.anchor] if sequence.begun_length else []
-    skipped = len(tokenizer.decode(anchor)) if anchor else 0
-    for number in range(1, min(len(tokens), HIDDEN_TOKENS + 1) + 1):
-        text = tokenizer.decode(anchor + tokens[:number])[skipped:]
-        raw = sequence.forced_prefix + text.rstrip(REPLACEMENT)
-        if len(tokenizer.visible(raw, finished=False)) > sequence.begun_length:
-            return number - 1
-    return HIDDEN_TOKENS if len(tokens) > HIDDEN_TOKENS else None
+class AnswerText:
+    """The text of an answer while its tokens come."""
+
+    def __init__(self, tokenizer: Tokenizer, sequence: Sequence) -> None:
+        self._tokenizer, self._sequence = tokenizer, sequence
+        self._detokenizer = tokenizer.detokenizer()
+        # What goes on with a text may begin with a space, which decoders drop at the beginning.
+        goes_on = sequence.begun_length or sequence.is_plain
+        self._anchor = [tokenizer.anchor] if goes_on else []
+        self._skipped = len(tokenizer.decode(self._anchor)) if goes_on else 0
+        self._detokenizer.push(self._anchor)
+
+    def push(self, ids: list[int]) -> None:
+        self._detokenizer.push(ids)
+
+    def so_far(self, finished: bool) -> tuple[str, str]:
+        """(all of the answer, what its reader sees of it)."""
+        text = self._detokenizer.finish() if finished else self._detokenizer.text
+        raw = self._sequence.forced_prefix + text[self._skipped :]
+        return raw, self._visible(raw, finished)
+
+    def _visible(self, raw: str, finished: bool) -> str:
+        if self._sequence.is_plain:
+            return raw
+        return self._tokenizer.visible(raw, finished)[self._sequence.begun_length :]
+
+    def hidden_tokens(self, tokens: list[int]) -> int | None:
+        """How many tokens stand before the first with visible text, or None if there is none yet.
+        They do not count for `max_visible_tokens`: a gateway tests a connection with one."""
+        if self._sequence.is_plain:
+            return 0
+        for number in range(1, min(len(tokens), HIDDEN_TOKENS + 1) + 1):
+            text = self._tokenizer.decode(self._anchor + tokens[:number])[self._skipped :]
+            raw = self._sequence.forced_prefix + text.rstrip(REPLACEMENT)
+            if self._visible(raw, finished=False):
+                return number - 1
+        return HIDDEN_TOKENS if len(tokens) > HIDDEN_TOKENS else None

@@ -62,6 +62,10 @@ class TemplateTokenizer:
         """Ids of plain text: a special token's name is taken apart like any other word."""
         return self._plain(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
+    def encode_plain(self, text: str) -> list[int]:
+        """With the special tokens that the tokenizer puts before every text."""
+        return self._plain(text, split_special_tokens=True)["input_ids"]
+
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """The prompt up to where the model answers. Raises ValueError if the template refuses."""
         tools = next((self._declared(m["tools"]) for m in messages if m.get("tools")), None)

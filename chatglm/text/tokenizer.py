@@ -33,6 +33,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. A special token's name in it is text like any other."""
 
+    def encode_plain(self, text: str) -> list[int]:
+        """The prompt for a text to go on with, outside of any conversation."""
+
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """The prompt up to where the model answers. Raises ValueError if the chat format has no
         way to express the messages."""
@@ -73,15 +76,18 @@ class ChatGLMTokenizer:
         """Ids of plain text; a newline is the byte piece <0x0A>, spaces are kept."""
         return self.sp.encode(text)
 
+    def encode_plain(self, text: str) -> list[int]:
+        return [self.specials["[gMASK]"], self.specials["sop"], *self.encode(text)]
+
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """The prompt up to where the model answers.
 
         `messages` are `{"role", "content", "metadata"?, "tools"?}`; roles as in ChatGLM3. Raises
         ValueError for a role or an order that the checkpoint's format cannot say.
         """
-        ids = [self.specials["[gMASK]"], self.specials["sop"]]
         if self.chat_format == "chatglm2":
-            return ids + self.encode(chatglm2_prompt(messages))
+            return self.encode_plain(chatglm2_prompt(messages))
+        ids = self.encode_plain("")
         for message in messages:
             ids += self.encode_message(message)
         return ids + [self.specials["<|assistant|>"]]

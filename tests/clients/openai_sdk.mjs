@@ -40,6 +40,9 @@ const schema = {
 const response_format = { type: "json_schema", json_schema: { name: "p", schema, strict: true } };
 const formed = (await create("Who are you?", { response_format, max_tokens: 200 })).choices[0];
 
+const prompt = { model: "chatglm", prompt: "1, 2, 3,", max_tokens: 8, temperature: 0 };
+const text = (await client.completions.create(prompt)).choices[0].text;
+
 let refused = "";
 try {
   await create("hi", { temperature: 3 });
@@ -54,6 +57,7 @@ console.log(
     streamed,
     called: [call.function.name, JSON.parse(call.function.arguments)],
     formed: JSON.parse(formed.message.content),
+    text,
     refused,
   }),
 );
