@@ -1,10 +1,14 @@
 """Small matrices on a CPU: how near the products are, and that rows do not see each other."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from chatglm.hardware import cpu_linear
 from chatglm.hardware.cpu_linear import KINDS, Int4Linear, Int8Linear, joined_product
+from tests.servers import LIMIT
 
 OUT, IN = 200, 384
 # Error of a row of random numbers, of its length. Those of int4 are the weights' (trained matrices,
@@ -136,3 +140,24 @@ def test_float32_matrices_with_other_numbers_are_left_as_they_are(matrix, rows):
     layer.weight.data[0, 0] = 1e-9  # float16 has no such number
     with torch.inference_mode():
         assert torch.equal(joined_product(layer)(rows), layer(rows))
+
+
+AT_ONCE = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from chatglm.hardware.cpu_linear import Int4Linear
+sys.setswitchinterval(1e-6)
+begin = threading.Barrier(8)
+def pack(_):
+    layer = Int4Linear(64, 64, False)
+    begin.wait()
+    layer.pack(layer.shrink(torch.ones(64, 64)))
+list(ThreadPoolExecutor(8).map(pack, range(8)))
+"""
+
+
+def test_the_first_matrices_of_a_process_may_be_packed_at_once():
+    """As loading does; onnxruntime takes the size of its thread pool only once."""
+    pytest.importorskip("onnxruntime")
+    subprocess.run([sys.executable, "-c", AT_ONCE], check=True, timeout=LIMIT)

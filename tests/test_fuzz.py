@@ -17,7 +17,7 @@ from tests.servers import LIMIT, busy, started_with, until
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 45))
 SEED = int(os.environ.get("FUZZ_SEED", 0))
-V1 = "/v1/chat/completions"
+V1, TEXT = "/v1/chat/completions", "/v1/completions"
 STRINGS = [
     "",
     "hi",
@@ -63,6 +63,15 @@ RIGHT = {  # bodies with something in each field
         "logit_bias": {},
         "response_format": {"type": "text"},
         "temperature": 1,
+    },
+    TEXT: {
+        "prompt": ["hi", "你好"],
+        "n": 2,
+        "logprobs": 1,
+        "stop": "a",
+        "frequency_penalty": 0.5,
+        "stream": True,
+        "best_of": 1,
     },
 }
 
@@ -115,7 +124,7 @@ def attempt(url, seed):
         reply = requests.post(url + path, bytes(content), timeout=LIMIT)
     right = reply.status_code in (200, 400)
     if right and reply.status_code == 400:
-        right = set(reply.json()) <= ({"error"} if path == V1 else {"detail", "code"})
+        right = set(reply.json()) <= ({"error"} if path in (V1, TEXT) else {"detail", "code"})
     return None if right else (seed, path, bytes(content), reply.status_code, reply.text)
 
 

@@ -39,7 +39,7 @@ from test_api import ENDLESS, ask
 from tests.servers import BARE, HERE, LIMIT, busy, started, until
 from tests.test_tools import byte_tokenizer
 
-V1 = "/v1/chat/completions"
+V1, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = {"messages": [{"role": "user", "content": "hi"}]}
 CROSS = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
 
@@ -62,6 +62,8 @@ LARGE = {  # nearly as large as a body may be, each dear in its own way
     "many stop sequences": (V1, json.dumps({**HI, "stop": ["ab"] * 120_000}).encode()),
     "a long stop sequence": (V1, json.dumps({**HI, "stop": "ab" * 500_000}).encode()),
     "keys that nobody knows": ("/", json.dumps({f"k{i}": 0 for i in range(80_000)}).encode()),
+    "many texts": (TEXT, json.dumps({"prompt": ["a"] * 250_000}).encode()),
+    "sixty long texts": (TEXT, json.dumps({"prompt": ["a" * 16_000] * 60}).encode()),
     "spaces": ("/", b'{"prompt": "' + b" " * 1_000_000 + b'"}'),
     "one word": ("/", b'{"prompt": "' + b"a" * 1_000_000 + b'"}'),
     "deep schemas": (
@@ -416,7 +418,7 @@ def test_where_all_connections_are_busy_health_is_answered_still(small):
 # --- 5. Browsers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/", "/stream", V1])
+@pytest.mark.parametrize("path", ["/", "/stream", V1, TEXT])
 @pytest.mark.parametrize(
     "headers",
     [
@@ -433,7 +435,7 @@ def test_what_a_page_of_another_origin_asks_is_refused(url, path, headers):
     headers = {"Content-Type": "text/plain", **headers}
     reply = requests.post(url + path, body, headers=headers, timeout=LIMIT)
     assert reply.status_code == 403 and "--cors-origin" in reply.text
-    assert ("error" in reply.json()) == (path == V1)
+    assert ("error" in reply.json()) == (path in (V1, TEXT))
 
 
 def test_an_image_starts_no_answer(url):

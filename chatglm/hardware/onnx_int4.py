@@ -20,6 +20,11 @@ from chatglm.hardware.cpu_linear import THREADS
 INT8_INPUTS = 4  # an accuracy level of the operator: each group of inputs has 8 bits and a scale
 PROVIDERS = ["CPUExecutionProvider"]
 
+# All sessions share these threads; without, each would have its own. It must be said once, before
+# the first session. Here, and not in a function: several threads make matrices small at once, and
+# only one of them imports a module.
+onnxruntime.set_global_thread_pool_sizes(THREADS, 1)
+
 
 def int4_kernel(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
     """`weight` [out, in / 2], two numbers a byte, and `scale` [out, groups], as a function of
@@ -82,14 +87,7 @@ def multiplication(weight: Tensor, scale: Tensor) -> Callable[[Tensor], Tensor]:
     return product
 
 
-@functools.cache
-def share_threads() -> None:
-    """Before the first session, or each would have threads of its own."""
-    onnxruntime.set_global_thread_pool_sizes(THREADS, 1)
-
-
 def session_options() -> onnxruntime.SessionOptions:
-    share_threads()
     options = onnxruntime.SessionOptions()
     options.use_per_session_threads = False
     options.enable_cpu_mem_arena = False  # it would keep the memory of the largest product
