@@ -42,7 +42,7 @@ from starlette.exceptions import HTTPException
 import chatglm
 from chatglm.text.messages import extend_history, to_messages
 from chatglm.text.tools import published_response, tool_names
-from server import metrics, openai_api, sse
+from server import metrics, openai_api, sse, static
 from server.answers import shown
 from server.bodies import History, RepetitionPenalty, RequestBody, Seed, Stop, Temperature, TopP
 from server.browsers import Browsers
@@ -166,7 +166,7 @@ async def health(request: Request) -> JSONResponse:
 async def page(request: Request) -> Response:
     """A page to chat on for browsers; what this is, for others."""
     if "text/html" in request.headers.get("accept", ""):
-        return FileResponse(Path(__file__).parent / "web" / "page.html")
+        return FileResponse(Path(__file__).parent / "web" / "page.html", headers=static.FRESH)
     return PlainTextResponse(
         "A ChatGLM chat server. 一个 ChatGLM 对话服务器。\n\n"
         f'curl {request.base_url} -d \'{{"prompt": "你好"}}\'\n'
@@ -218,6 +218,7 @@ app.include_router(router)
 app.include_router(sse.make_router(Chat))
 app.include_router(openai_api.router)
 app.include_router(metrics.router)
+app.mount("/static", static.PageFiles())
 app.add_middleware(Browsers)
 app.add_middleware(Heads)
 app.add_exception_handler(HTTPException, error_response)

@@ -13,6 +13,7 @@
     headers.py      request ids, unknown fields, HEAD
     uvicorn_http1.py    offers to upgrade, and HTTP/1.0
     sse.py          /stream, server-sent events
+    static.py       the files of the page at GET /
     openai_request.py, openai_chat.py, openai_text.py, openai_forms.py, openai_fields.py
                     what a request to /v1 may hold
     openai_replies.py, openai_api.py    what is answered, and the routes

