@@ -1,4 +1,5 @@
-"""Clients that need an environment of their own: LiteLLM, instructor, LlamaIndex, OpenAI's on node.
+"""Clients that need an environment of their own: LiteLLM, instructor, LlamaIndex, OpenAI's on node,
+and OkHttp, which Debian has as libokhttp-java.
 
 python3 -m venv tests/clients/.venv
 tests/clients/.venv/bin/pip install -r tests/clients/requirements.txt
@@ -22,19 +23,23 @@ HTTP = "HTTP 是网页和接口使用的通信协议：客户端发出请求，�
 CALLED = ["get_weather", {"city": "上海"}]
 
 
-def run(program, url, installed=PYTHON, command=PYTHON):
-    """What the program tells, in JSON."""
+def output(program, url, installed, *command):
     if not installed.exists() and "CI" not in os.environ:
         pytest.skip("not installed; the first lines of this file tell how")
     done = subprocess.run(
-        [command, CLIENTS / program, url],
+        [*command, CLIENTS / program, url],
         capture_output=True,
         timeout=LIMIT,
         cwd=CLIENTS,
         env={**os.environ, "PYTHONUTF8": "1"},
     )
     assert done.returncode == 0, done.stderr.decode()
-    return json.loads(done.stdout.decode().splitlines()[-1])
+    return done.stdout.decode()
+
+
+def run(program, url, installed=PYTHON, command=PYTHON):
+    """What the program tells, in JSON."""
+    return json.loads(output(program, url, installed, command).splitlines()[-1])
 
 
 def text_of(url):
@@ -73,3 +78,15 @@ def test_openai_on_node(url):
     assert told["text"] == text_of(url)
     assert told["refused"] == "BadRequestError 400 temperature"
     until(lambda: busy(url) == 0)  # it hung up in the middle of counting
+
+
+def test_okhttp(url):
+    jars = [Path("/usr/share/java") / name for name in ("okhttp.jar", "okio.jar")]
+    java = ["java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8"]
+    path = os.pathsep.join(map(str, jars))
+    told = output("OkHttp.java", url, jars[0], *java, "-cp", path)
+    assert "several reads: true" in told and f"answer: {HTTP}" in told
+    assert "last event: data: [DONE]" in told
+    assert "refused: 400" in told and "temperature must be" in told
+    assert "cancelled" in told
+    until(lambda: busy(url) == 0)
