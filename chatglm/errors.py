@@ -45,6 +45,11 @@ class EngineError(RuntimeError):
         self.finish_reason = finish_reason
 
 
+class AnswerEnded(Exception):
+    """What a reader throws into the chunks of an answer once it has all that it wants: the answer
+    has ended, and was not cancelled."""
+
+
 class QueueFull(EngineError):
     """Too many requests are queued. The same request may be served a little later."""
 

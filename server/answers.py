@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from chatglm import Chunk
+from chatglm.errors import AnswerEnded
 from chatglm.sampling import TokenLogprob
 from chatglm.text.tools import (
     ToolCall,
@@ -32,10 +33,11 @@ def shown(admitted: Admitted[Body]) -> tuple[Body, AsyncGenerator[Chunk, None]]:
 
 
 async def until_stop(
-    chunks: AsyncGenerator[Chunk, None], names: list[str], stops: list[str]
+    chunks: AsyncGenerator[Chunk, None], names: list[str], stops: list[str], tokenizer: Any = None
 ) -> AsyncGenerator[tuple[Chunk, ToolCall | None], None]:
     """The chunks up to a stop sequence, which ends the last one's text. What may still become a
-    call of one of `names` is held back; a call comes with the last chunk."""
+    call of one of `names` is held back; a call comes with the last chunk. Log-probabilities, for
+    which a `tokenizer` is needed, are those of the text that is shown."""
     search = StopSearch(stops)
     async with aclosing(chunks):
         async for chunk in chunks:
@@ -47,9 +49,25 @@ async def until_stop(
                 return
             text, stopped = search.before_stop(chunk.text, ended)
             reason = "stop" if stopped else chunk.finish_reason
-            yield replace(chunk, text=text, finish_reason=reason), None
+            logprobs = shown_logprobs(chunk.logprobs, chunk.text[len(text) :], tokenizer)
+            yield replace(chunk, text=text, finish_reason=reason, logprobs=logprobs), None
             if stopped:
+                with suppress(StopAsyncIteration, AnswerEnded):
+                    await chunks.athrow(AnswerEnded)
                 return
+
+
+def shown_logprobs(logprobs: list[TokenLogprob], hidden: str, tokenizer: Any) -> list[TokenLogprob]:
+    """Without those of the tokens that have nothing but the end of the text, which is `hidden`.
+    White space at its end does not count: until more follows, a chunk's text lacks it."""
+    count = len(logprobs)
+    tokens = [each.token for each in logprobs]
+    while hidden and count:
+        text = text_of(tokenizer, tokens[count - 1 :])
+        if len(text.rstrip()) > len(hidden.rstrip()):
+            break
+        count -= 1
+    return logprobs[:count]
 
 
 async def visible(
@@ -76,18 +94,18 @@ class Delta(NamedTuple):
 
 
 async def deltas(
-    chunks: AsyncGenerator[Chunk, None], names: list[str], stops: list[str]
+    chunks: AsyncGenerator[Chunk, None], names: list[str], stops: list[str], tokenizer: Any = None
 ) -> AsyncGenerator[Delta, None]:
     """Text as it comes, up to a stop sequence; a call of one of `names` once it is complete. The
     last one has a `finish_reason`."""
     sent = told = 0  # characters, and log-probabilities
-    async with aclosing(until_stop(chunks, names, stops)) as until_end:
+    async with aclosing(until_stop(chunks, names, stops, tokenizer)) as until_end:
         async for chunk, call in until_end:
             text = (words_before_call(chunk.raw) if call else chunk.text)[sent:]
             reason = "tool_calls" if call else chunk.finish_reason
             if text or reason:
                 yield Delta(text, call, reason, chunk, chunk.logprobs[told:])
-                sent, told = len(chunk.text), len(chunk.logprobs)
+                sent, told = len(chunk.text), max(told, len(chunk.logprobs))
 
 
 async def merged(
@@ -111,7 +129,7 @@ async def merged(
             await each.aclose()
 
 
-def text_of_token(tokenizer: Any, token: int) -> str:
-    """Its text behind another token: at the beginning, decoders drop a space."""
+def text_of(tokenizer: Any, tokens: list[int]) -> str:
+    """Their text behind another token: at the beginning, decoders drop a space."""
     anchor = tokenizer.decode([tokenizer.anchor])
-    return str(tokenizer.decode([tokenizer.anchor, token]))[len(anchor) :]
+    return str(tokenizer.decode([tokenizer.anchor, *tokens]))[len(anchor) :]

@@ -18,7 +18,7 @@ from fastapi.sse import format_sse_event
 from chatglm import Chunk, EngineError
 from chatglm.sampling import TokenLogprob
 from chatglm.text.tools import ToolCall
-from server.answers import Delta, deltas, merged, text_of_token
+from server.answers import Delta, deltas, merged, text_of
 from server.http_errors import openai_error
 from server.openai_chat import ChatCompletionRequest
 from server.openai_request import OpenAIRequest
@@ -43,7 +43,7 @@ class Reply(ABC):
         self.head["model"] = model
         self.body, self.tokenizer, self.num_answers = body, tokenizer, len(answers)
         names, stops = self.callable_names(), body.stops
-        self.deltas = merged([deltas(chunks, names, stops) for chunks in answers])
+        self.deltas = merged([deltas(chunks, names, stops, tokenizer) for chunks in answers])
         self.last: dict[int, Chunk] = {}  # of each answer, for the usage
 
     def callable_names(self) -> list[str]:
@@ -163,7 +163,7 @@ class ChatCompletionReply(Reply):
         return {"content": content, "refusal": None}
 
     def described(self, token: int, logprob: float) -> dict:
-        text = text_of_token(self.tokenizer, token)
+        text = text_of(self.tokenizer, [token])
         # A token may be a part of a character: it has no text of its own.
         in_bytes = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": in_bytes}
@@ -194,7 +194,7 @@ class CompletionReply(Reply):
             return None
 
         def text(token: int) -> str:
-            return text_of_token(self.tokenizer, token)
+            return text_of(self.tokenizer, [token])
 
         return {
             "tokens": [text(each.token) for each in logprobs],

@@ -363,6 +363,22 @@ def test_logprobs_are_told_whole_and_streamed(url):
     assert choice(url, COUNT, max_tokens=6)["logprobs"] is None
 
 
+@pytest.mark.parametrize("stop", [" 7", "7 8", "5"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_end_with_the_text_where_a_stop_sequence_ends_it(url, stop, stream):
+    fields = {"logprobs": True, "stop": stop, "max_tokens": 60}
+    (whole,) = complete(url, COUNT, **fields).json()["choices"]
+    parts = [whole["message"] | {"logprobs": whole["logprobs"]}]
+    if stream:
+        streamed = complete(url, COUNT, stream=True, **fields).content.decode()
+        choices = [json.loads(line[6:])["choices"][0] for line in streamed.split("\n\n")[:-2]]
+        parts = [part["delta"] | {"logprobs": part["logprobs"]} for part in choices]
+    text = "".join(part.get("content", "") for part in parts)
+    told = [each for part in parts if part["logprobs"] for each in part["logprobs"]["content"]]
+    assert text and stop not in text and whole["finish_reason"] == "stop"
+    assert "".join(each["token"] for each in told).rstrip() == text.rstrip()
+
+
 @pytest.mark.parametrize(
     "fields",
     [

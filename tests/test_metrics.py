@@ -39,6 +39,8 @@ def test_what_is_counted_is_what_happened(own):
     url, asked = own.url, {"messages": [{"role": "user", "content": SECRET}], "temperature": 0}
     usage = requests.post(url + V1, json={**asked, "max_tokens": 9}, timeout=LIMIT).json()["usage"]
     answer = ask(url, SECRET, temperature=0)
+    stopped = {**asked, "stop": answer[:3], "max_tokens": 40}
+    assert requests.post(url + V1, json=stopped, timeout=LIMIT).status_code == 200
     assert requests.post(url, json={"prompt": 5}, timeout=LIMIT).status_code == 400
     with closing(requests.post(url, json=ENDLESS, stream=True, timeout=LIMIT)):
         with own.held():
@@ -52,12 +54,12 @@ def test_what_is_counted_is_what_happened(own):
     assert 0 < under_way["chatglm_kv_cache_usage_ratio",] < 1
     assert told["chatglm_num_requests_running",] == told["chatglm_kv_cache_usage_ratio",] == 0
     assert told["chatglm_requests_total", "length"] == 1
-    assert told["chatglm_requests_total", "finished"] == 1
+    assert told["chatglm_requests_total", "finished"] == 2  # one by a stop sequence
     assert told["chatglm_requests_total", "cancelled"] == 1
     assert told["chatglm_refusals_total", "400"] == 1
     assert told["chatglm_prompt_tokens_total",] >= 2 * usage["prompt_tokens"]
     assert told["chatglm_generation_tokens_total",] >= usage["completion_tokens"] + 9
-    assert 2 <= told["chatglm_time_to_first_token_seconds_count",] <= 3
+    assert 3 <= told["chatglm_time_to_first_token_seconds_count",] <= 4
     assert told["chatglm_time_per_output_token_seconds_sum",] > 0
     assert "1 / 64" in page and 'http-equiv="refresh"' in page
     assert SECRET not in page and answer not in page

@@ -29,7 +29,7 @@ from chatglm.engine.queue import AdmissionQueue
 from chatglm.engine.sequence import Chunk, LatestOutput, Output, Sequence
 from chatglm.engine.statistics import EngineStatistics, RequestStats
 from chatglm.engine.transformers_batch import Batch
-from chatglm.errors import EngineError
+from chatglm.errors import AnswerEnded, EngineError
 from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
 from chatglm.sampling import SamplingParams, check_params, check_room
@@ -181,8 +181,8 @@ class Engine:
         Each chunk holds the whole text so far; the last has a `finish_reason`. Not every step has
         a chunk: at most 25 come a second, and a slow reader gets the newest. If there will be no
         whole answer, the generator raises EngineError. Closing it cancels the request, whether it
-        waits or runs. Requests with the same `client`, a name of any kind, share one share of the
-        places.
+        waits or runs; throwing AnswerEnded into it ends the answer as it is. Requests with the same
+        `client`, a name of any kind, share one share of the places.
         """
         sequence.client = client
         chunks = self._run(sequence)
@@ -220,6 +220,8 @@ class Engine:
         except EngineError as error:
             sequence.stats.finish_reason = error.finish_reason
             raise
+        except AnswerEnded:
+            sequence.stats.finish_reason = "stop"
         finally:
             sequence.latest.close()
             self._leave_batch(sequence)
