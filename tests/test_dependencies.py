@@ -62,7 +62,8 @@ def test_what_the_code_imports_is_declared_and_pinned():
 
 def test_the_least_version_of_python_is_the_one_the_code_is_checked_for():
     assert 'target-version = "py311"' in (ROOT / ".ruff.toml").read_text("utf-8")
-    assert "Python 3.11 or newer" in README and "Python 3.11 或更新" in README
+    assert "Python 3.11 or newer" in README
+    assert "Python 3.11 或更新" in (ROOT / "docs/zh/README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

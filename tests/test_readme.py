@@ -24,12 +24,13 @@ RESULTS = (ROOT / "bench" / "results").glob("*.md")
 PAGES = [
     ROOT / "README.md",
     ROOT / "chatglm/tiny/README.md",
-    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
     *RESULTS,
 ]
 FOLDERS = ["server", "chatglm", "web", "deploy", "bench", "docs", "tests"]
 FILES = [*ROOT.glob("*.*"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.*"))]
 ROW = re.compile(r"^\| `([\w/]+\.py)` \| (\d+) \|", re.MULTILINE)  # of the map of the files
+MAPS = [ROOT / "README.md", ROOT / "docs" / "zh" / "README.md"]
 OTHER_PROGRAMS = {"--timeout-graceful-shutdown"}  # uvicorn's, where it stands in a sentence
 
 
@@ -66,8 +67,9 @@ EVERY_PAGE = pytest.mark.parametrize(
 # --- The map of the files --------------------------------------------------------------------
 
 
-def test_the_line_counts_in_the_readme_are_the_files():
-    rows = ROW.findall(README)
+@pytest.mark.parametrize("page", MAPS, ids=["English", "Chinese"])
+def test_the_line_counts_in_the_readme_are_the_files(page):
+    rows = ROW.findall(page.read_text("utf-8"))
     assert len(rows) >= 10
     counted = {name: lines(name) for name, _ in rows if (ROOT / name).exists()}
     assert {name: int(count) for name, count in rows} == counted, "python -m tests.test_readme"
@@ -99,7 +101,9 @@ def write_line_counts() -> None:
         new = lines(name) if (ROOT / name).exists() else old
         return f"| `{name}` | {new} |"
 
-    (ROOT / "README.md").write_text(ROW.sub(counted, README), "utf-8", newline="\n")
+    for page in MAPS:
+        text = page.read_text("utf-8")
+        page.write_text(ROW.sub(counted, text), "utf-8", newline="\n")
 
 
 # --- Links, files, commands and flags --------------------------------------------------------
