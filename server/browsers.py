@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from chatglm.errors import preview
+from server.http_errors import refusal_response
 from server.settings import Settings
 
 
@@ -30,8 +31,11 @@ async def refuse_other_sites(request: Request) -> None:
         return
     origins = request.app.state.settings.origins
     if "*" not in origins and origin not in origins:
+        value = preview(origin) if origin else "ITS-ORIGIN"
         raise HTTPException(
-            403, "a web page of another origin asked this; --cors-origin lets it, if you want that"
+            403,
+            "a web page of another origin asked this, or a program that is made of one; start the "
+            f"server with --cors-origin {value} to let it",
         )
 
 
@@ -59,7 +63,7 @@ class Browsers:
             allow_private_network=True,
         )
         if not is_served(scope, settings.hosts):
-            app = JSONResponse({"detail": WRONG_HOST}, 403)
+            app = refusal_response(HTTPException(403, WRONG_HOST), scope["path"])
         await app(scope, receive, send)
 
 

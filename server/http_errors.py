@@ -67,7 +67,11 @@ async def error_response(request: Request, error: Exception) -> JSONResponse:
     """The handler of every HTTPException and EngineError, before the first byte of an answer."""
     refusal = to_http(error)
     request.app.state.metrics.refused.labels(refusal.status_code).inc()
-    in_form = openai_error if "/v1/" in request.url.path else detail
+    return refusal_response(refusal, request.url.path)
+
+
+def refusal_response(refusal: HTTPException, path: str) -> JSONResponse:
+    in_form = openai_error if "/v1/" in path else detail
     return JSONResponse(in_form(refusal), refusal.status_code, refusal.headers)
 
 

@@ -85,4 +85,5 @@ def model_card(request: Request) -> dict:
         "created": 0,
         "owned_by": "chatglm",
         "max_model_len": context,  # vLLM's name for it, which clients read
+        "context_length": context,  # OpenRouter's
     }

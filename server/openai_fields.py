@@ -63,6 +63,9 @@ IGNORED = frozenset(
     "add_generation_prompt continue_final_message tags".split()
 )
 
+# Other servers' names for a field of ours.
+RENAMED = {"repeat_penalty": "repetition_penalty"}
+
 # Real programs send these where their user has set nothing. They count as absent.
 NOT_SET: dict[str, list[Any]] = {
     "seed": [-1],

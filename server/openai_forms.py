@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from chatglm import InvalidField
 from chatglm.text.forms import JsonForm
@@ -36,7 +36,9 @@ class Tool(StrictModel):
 
 
 class JsonSchema(StrictModel):
+    model_config = ConfigDict(extra="allow")
     name: str = ""
+    description: str = ""
     json_schema: dict[str, Any] = Field({}, alias="schema", description="a JSON schema")
     strict: bool = Field(False, description="refuse what cannot be kept of the schema")
 
@@ -54,6 +56,8 @@ class ResponseFormat(StrictModel):
         if self.json_schema is None:
             raise InvalidField("response_format.json_schema", "is required")
         field = "response_format.json_schema.schema"
+        if self.json_schema.model_extra and "json_schema" not in self.json_schema.model_fields_set:
+            raise InvalidField(field, "is required: the schema belongs there")
         return JsonForm(self.json_schema.json_schema, field, self.json_schema.strict)
 
 

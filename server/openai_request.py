@@ -23,7 +23,7 @@ from server.bodies import (
     Temperature,
     TopP,
 )
-from server.openai_fields import ADVICE, IGNORED, NOT_SET, UNSUPPORTED, without_unset
+from server.openai_fields import ADVICE, IGNORED, NOT_SET, RENAMED, UNSUPPORTED, without_unset
 
 MAX_BIASES = 1024
 
@@ -88,11 +88,13 @@ class OpenAIRequest(RequestBody):
     @model_validator(mode="before")
     @classmethod
     def drop_unset(cls, fields: object) -> object:
+        if isinstance(fields, dict):
+            fields = {RENAMED.get(name, name): value for name, value in fields.items()}
         return without_unset(fields, cls.NOT_SET)
 
     @classmethod
     def uses(cls, field: str) -> bool:
-        return super().uses(field) or field in cls.UNSUPPORTED
+        return super().uses(field) or field in cls.UNSUPPORTED or field in RENAMED
 
     def refuse_unsupported(self) -> None:
         """Raises InvalidField for the first field that asks for what is not supported."""

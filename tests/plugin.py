@@ -18,6 +18,7 @@ LEFT_OUT = {
     "test_browser.py": "a browser",
     "test_clients.py": "other people's clients",
     "test_more_clients.py": "other people's clients",
+    "test_windowed.py": "other people's clients",
     "test_deploy.py": "a cluster",
     "test_quantize.py": "quantised weights",
     "test_bench.py": "benchmarks",
