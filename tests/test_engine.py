@@ -267,6 +267,28 @@ def test_stopping_ends_answers_as_cancelled_and_leaves_no_thread(loaded):
     assert not left
 
 
+def test_an_event_loop_that_is_closed_harms_no_answer_of_another(engine, loaded):
+    """As in a notebook, where each asyncio.run has a loop of its own."""
+    asked = engine.prepare(to_messages("你好"), SamplingParams(**ENDLESS))
+
+    async def other(let):
+        answer = asyncio.create_task(last(engine, "你好", temperature=0, max_new_tokens=12))
+        await until(lambda: engine.active == 2)
+        async with asyncio.timeout(LIMIT):
+            while not answer.done():
+                let()
+                await asyncio.sleep(0.01)
+        return await answer
+
+    with held(loaded[1]) as let:
+        closed = asyncio.new_event_loop()
+        chunks = closed.run_until_complete(engine.submit(asked))
+        closed.close()
+        assert asyncio.run(other(let)).completion_tokens == 12
+        asyncio.run(chunks.aclose())
+    assert engine.running and not engine.active
+
+
 def test_when_the_thread_dies_answers_fail_and_the_next_request_works(engine, loaded):
     async def scenario():
         def fail(*_):

@@ -62,7 +62,7 @@ LARGE = {  # nearly as large as a body may be, each dear in its own way
     "many stop sequences": (V1, json.dumps({**HI, "stop": ["ab"] * 120_000}).encode()),
     "a long stop sequence": (V1, json.dumps({**HI, "stop": "ab" * 500_000}).encode()),
     "keys that nobody knows": ("/", json.dumps({f"k{i}": 0 for i in range(80_000)}).encode()),
-    "many texts": (TEXT, json.dumps({"prompt": ["a"] * 250_000}).encode()),
+    "many texts": (TEXT, json.dumps({"prompt": ["a"] * 200_000}).encode()),
     "sixty long texts": (TEXT, json.dumps({"prompt": ["a" * 16_000] * 60}).encode()),
     "spaces": ("/", b'{"prompt": "' + b" " * 1_000_000 + b'"}'),
     "one word": ("/", b'{"prompt": "' + b"a" * 1_000_000 + b'"}'),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -159,7 +159,8 @@ class SequenceRouter(OutputRouter):
             if sequence is not None and sequence.latest.set(translate(sequence, output)):
                 due.setdefault(sequence.latest.loop, []).append(sequence.latest)
         for loop, mailboxes in due.items():
-            loop.call_soon_threadsafe(notify_all, mailboxes)
+            with suppress(RuntimeError):  # a closed loop has no readers; other loops may have
+                loop.call_soon_threadsafe(notify_all, mailboxes)
 
 
 def translate(sequence: Sequence, output: GenerationOutput) -> Output:
