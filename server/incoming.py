@@ -29,9 +29,7 @@ class Admitted(NamedTuple, Generic[Body]):
     """A request that has a place in the engine or is queued for one."""
 
     body: Body
-    answers: list[
-        AsyncGenerator[chatglm.Chunk, None]
-    ]  # closing one cancels it; /v1 may have several
+    answers: list[AsyncGenerator[chatglm.Chunk, None]]  # closing one cancels it; /v1 has several
 
 
 async def admit(request: Request, body_type: type[Body]) -> Admitted[Body]:
