@@ -95,13 +95,13 @@ class Chat(RequestBody):
 async def process(chunks: AsyncGenerator[chatglm.Chunk, None]) -> AsyncGenerator[str, None]:
     """Frames of an answer: the marker, then the whole text so far."""
     sent = None
-    async with aclosing(chunks):
+    async with aclosing(chunks):  # also when this is cancelled; it stops the generation
         async for chunk in chunks:
             if chunk.text != sent and (chunk.text or chunk.finish_reason):
                 sent = chunk.text
                 yield "<^>" + escape(sent)
-                # Gives way to the event loop. Where the next token is there already, nothing else
-                # does, and a client that has disconnected would go unnoticed to the end.
+                # Gives everyone else a turn. An `await` of what is ready does not: other readers
+                # would wait, and a client that has left would go unnoticed to the end.
                 await asyncio.sleep(0)
             if chunk.finish_reason == "length":  # the last frame comes twice: it was cut
                 yield "<^>" + escape(chunk.text)

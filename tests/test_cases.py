@@ -16,6 +16,7 @@ from server.openai_chat import ChatCompletionRequest
 from server.settings import Settings
 from tests.servers import LIMIT
 from tests.test_client import run
+from tests.test_readme import README
 
 V1 = "/v1/chat/completions"
 COUNT = "Count to thirty"
@@ -73,10 +74,11 @@ def test_the_first_visible_token_is_the_first_that_counts(url, tokens):
 
 
 def read(url, **fields):
-    """The answer of POST / in frames, and whether it was cut, as a textbook client can tell."""
+    """The answer of POST / in frames, and whether it was cut, as the README tells to find out."""
     body = {"prompt": COUNT, "temperature": 0, **fields}
-    frames = requests.post(url, json=body, timeout=LIMIT).content.decode().split("<^>")
-    return frames[-1], frames[-1] == frames[-2]
+    told = {"stream": requests.post(url, json=body, timeout=LIMIT).content.decode()}
+    exec(re.search(r"`(frames = .*?)`", README)[1], told)
+    return told["frames"][-1], told["cut"]
 
 
 def test_the_last_frame_comes_twice_where_max_length_cut_the_answer(url):
@@ -86,6 +88,7 @@ def test_the_last_frame_comes_twice_where_max_length_cut_the_answer(url):
     half, cut = read(url, max_length=40)
     assert cut and whole.startswith(half) and half
     assert ask(url, COUNT, max_length=40)["finish_reason"] == "length"
+    assert read(url, stop=whole[0]) == ("", False)  # an empty answer that is whole
 
 
 @pytest.mark.parametrize("stream", [True, False])
