@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 import chatglm
+from chatglm.errors import preview
 
 RETRY_AFTER = 5  # seconds: by then, some of a full queue's answers have ended
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"  # OpenAI's code: the conversation is too long
@@ -65,7 +66,7 @@ class BadRequest(HTTPException):
 
 async def error_response(request: Request, error: Exception) -> JSONResponse:
     """The handler of every HTTPException and EngineError, before the first byte of an answer."""
-    refusal = to_http(error)
+    refusal = to_http(error, request.url.path)
     request.app.state.metrics.refused.labels(refusal.status_code).inc()
     return refusal_response(refusal, request.url.path)
 
@@ -75,8 +76,10 @@ def refusal_response(refusal: HTTPException, path: str) -> JSONResponse:
     return JSONResponse(in_form(refusal), refusal.status_code, refusal.headers)
 
 
-def to_http(error: Exception) -> HTTPException:
+def to_http(error: Exception, path: str) -> HTTPException:
     if isinstance(error, HTTPException):
+        if error.status_code == 404 and error.detail == "Not Found":  # Starlette's
+            return HTTPException(404, f"there is no {preview(path)} here; /docs lists every route")
         return error
     if isinstance(error, chatglm.QueueFull):
         return HTTPException(429, str(error), {"Retry-After": str(RETRY_AFTER)})

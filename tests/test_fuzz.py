@@ -15,7 +15,7 @@ import requests
 from test_api import ask
 from tests.servers import LIMIT, busy, started_with, until
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", 45))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", 120 if "CI" in os.environ else 45))
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 V1, TEXT = "/v1/chat/completions", "/v1/completions"
 STRINGS = [

@@ -190,6 +190,17 @@ def test_it_is_served_once_it_is_allowed(url, origin):
 
 
 @short
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/api/pricing"])
+def test_a_route_that_is_not_there_is_named_and_so_is_the_list(url, path):
+    """LobeChat's switch "Responses API" asks for one."""
+    reply = requests.post(url + path, json={"model": "chatglm", "input": "hi"}, timeout=LIMIT)
+    told = reply.json()
+    message = told["error"]["message"] if path.startswith("/v1") else told["detail"]
+    assert reply.status_code == 404
+    assert message == f"there is no '{path}' here; /docs lists every route"
+
+
+@short
 def test_another_name_of_this_machine_is_refused_in_the_form_of_v1(url):
     """As Docker Desktop calls it."""
     headers = {"Host": "host.docker.internal:8000"}
