@@ -1,6 +1,7 @@
 """A student's program, run as its own process: what it reads and writes, and how it ends."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ class Program:
     """A running program; `output` is what it has written so far."""
 
     def __init__(self, file: Path, *arguments: str, stdin: str = "") -> None:
+        self.file = file
         self.process = subprocess.Popen(
             [sys.executable, str(file), *arguments],
             stdin=subprocess.PIPE,
@@ -78,8 +80,10 @@ class Program:
         self.process.wait()
 
     def last_error(self) -> str:
-        """The last line of a traceback."""
-        return (self.errors.strip().splitlines() or ["?"])[-1]
+        """The last line of a traceback, and the line of the student's file that it leads to."""
+        error = (self.errors.strip().splitlines() or ["?"])[-1]
+        lines = re.findall(rf'File "{re.escape(str(self.file))}", line (\d+)', self.errors)
+        return f"{error} （第 {lines[-1]} 行 · line {lines[-1]}）" if lines else error
 
 
 def run(file: Path, *arguments: str, stdin: str = "") -> str:

@@ -17,7 +17,7 @@ from labs.program import ROOT, until
 
 LONG, SHORT = "从一数到一百", "What is JSON?"
 SERVERS = [
-    ("naive", ROOT / "labs/5/my_server.py"),
+    ("naive", ROOT / "labs/5/naive.py"),
     ("naive + sleep(0)", ROOT / "labs/5/with_sleep.py"),
     ("api.py", ROOT / "api.py"),
 ]

@@ -98,7 +98,8 @@ WRONG = [
     (2, {'text: str = "ha"': "text: str"}, "GET /repeat/2 should get 200, and got 422"),
     (2, {', params={"text": text})': ' + f"?text={text}")'}, "pass it with params="),
     (3, {"list = []": "list"}, 'POST / {"prompt": "你好"} should get 200, and got 422'),
-    (3, {"Field(0.95, ge=0, le=2)": "0.95"}, '{"temperature": 3} should get 422, and got 200'),
+    (3, {"Field(0.95, ge=0, le=2)": "0.95"}, '"temperature": -0.1} should get 422, and got 200'),
+    (3, {"ge=0, le=2": "gt=0, lt=2"}, '"temperature": 0} should get 200, and got 422'),
     (3, GLOBAL_HISTORY, "the server should remember nothing"),
     (4, GLOBAL_VARIABLES, "do not make the variables global"),
     (4, {"        await asyncio.sleep(0)\n": ""}, "the event loop must get its turn"),
@@ -109,6 +110,7 @@ WRONG = [
     (6, {", flush=True": ""}, "print needs flush=True"),
     (6, {'sys.exit(f"回答不完整': 'print(f"回答不完整'}, "that the answer is incomplete"),
     (6, {"if not response.ok": "if False"}, "The server refused the request"),
+    (6, {'print(received.rpartition("<^>")[2].removeprefix(shown))': "print()"}, "may end in <"),
     (7, {", {stream: true}": ""}, "#fetch: #answer should end as"),
     (7, {"return source.close()": "return"}, "call source.close()"),
     (7, {'encodeURIComponent(get("question").value)': 'get("question").value'}, "encodeURI"),
@@ -274,6 +276,31 @@ def test_a_worksheet_is_one_page_and_its_files_and_commands_exist(lab):
         assert (ROOT / name).exists(), name
     rows = [row.strip("|").split(" | ") for row in page.splitlines() if row.startswith("| **")]
     assert rows and all(len(row) == 2 and re.search("[一-鿿]", row[0]) for row in rows)
+
+
+@pytest.mark.parametrize("lab", [2, 3, 4, 8, 9])
+def test_the_command_of_a_worksheet_starts_its_server(lab):
+    """As it stands there, in the project's folder, but for the port."""
+    page = (LABS / str(lab) / "README.md").read_text("utf-8")
+    (command,) = re.findall(r"^python (-m uvicorn .*)$", page, re.MULTILINE)
+    starter = (LABS / str(lab) / PROGRAMS[lab]).read_text("utf-8")
+    assert re.sub(r"--reload(-dir \S+)? ", "", command) in starter  # it says the same
+    run = [sys.executable, *command.replace("--reload ", "").split(), "--port", "0"]
+    with subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            said = next(
+                line for line in server.stderr if "Uvicorn running" in line or "rror" in line
+            )
+            assert "Uvicorn running" in said
+        finally:
+            server.terminate()
+
+
+def test_the_server_to_compare_with_is_the_starter():
+    """A student changes the starter, and the table has to go on comparing with it."""
+    files = [LABS / "5" / name for name in ("naive.py", "my_server.py")]
+    naive, starter = (file.read_text("utf-8").split('"""')[2] for file in files)
+    assert naive == starter.replace("TODO: ", "")
 
 
 def test_the_packages_of_the_labs_are_pinned_as_the_servers_are():

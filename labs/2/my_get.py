@@ -1,7 +1,7 @@
 """实验 2：GET，路径参数和查询参数。Lab 2: GET, with a path and a query parameter.
 
-uvicorn my_get:app                                  # 服务器 / the server
-python my_get.py http://127.0.0.1:8000 3 hi         # 客户端 / the client
+python -m uvicorn --app-dir labs/2 my_get:app          # 服务器 / the server
+python labs/2/my_get.py http://127.0.0.1:8000 3 hi     # 客户端 / the client
 """
 
 import sys

@@ -1,6 +1,6 @@
 """实验 3：POST，用 pydantic 描述请求体。Lab 3: POST, with a body that pydantic describes.
 
-uvicorn my_post:app
+python -m uvicorn --app-dir labs/3 my_post:app
 """
 
 from fastapi import FastAPI, Request

@@ -1,6 +1,6 @@
 """实验 4：教材里的流式服务器，一字不改。Lab 4: the chapter's streaming server, as printed.
 
-uvicorn my_stream:app
+python -m uvicorn --app-dir labs/4 my_stream:app
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """实验 5：有人在等的时候。Lab 5: while others are waiting.
 
-uvicorn my_server:app
+python -m uvicorn --app-dir labs/5 my_server:app
 """
 
 from fastapi import FastAPI, Request

@@ -1,6 +1,6 @@
 """实验 5：上一个程序加一行。Lab 5: the program before, and one line more.
 
-uvicorn with_sleep:app
+python -m uvicorn --app-dir labs/5 with_sleep:app
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """实验 8：改协议，两边一起改。Lab 8: change the protocol, on both sides.
 
-uvicorn my_protocol:app
+python -m uvicorn --app-dir labs/8 my_protocol:app
 python my_protocol.py http://127.0.0.1:8000 你好
 """
 

@@ -1,6 +1,6 @@
 """实验 9：加一个采样参数。Lab 9: add a sampling parameter.
 
-uvicorn my_sampling:app
+python -m uvicorn --app-dir labs/9 my_sampling:app
 python my_sampling.py http://127.0.0.1:8000 "什么是 HTTP？" --top-k 5
 """
 

@@ -1,5 +1,6 @@
 """Lab 3: POST with a pydantic body, from a server that remembers nothing."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def check(file: Path) -> None:
         )
         post(422, "{}", history=[])
         post(422, '{"prompt": 7}', prompt=7)
-        post(422, '{"temperature": 3}', prompt="hi", temperature=3)
+        for temperature, status in ((0, 200), (2, 200), (-0.1, 422), (3, 422)):
+            sent = {"prompt": "hi", "temperature": temperature}
+            post(status, json.dumps(sent), **sent)
         check_memory(post)
 
 

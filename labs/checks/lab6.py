@@ -17,6 +17,7 @@ def check(file: Path) -> None:
     check_live(file)
     for zh, en, pieces in cuts():
         check_pieces(file, zh, en, pieces)
+    check_end(file)
     check_broken(file)
     check_refusal(file)
 
@@ -83,12 +84,12 @@ def check_live(file: Path) -> None:
     require_text(program[0], "最新的一帧要显示出来", "The newest frame must be shown")
 
 
-def require_text(program: Program, zh: str, en: str) -> None:
+def require_text(program: Program, zh: str, en: str, text: str = TEXTS[-1]) -> None:
     shown = program.output.rstrip("\n")
     require(
-        shown == TEXTS[-1],
-        f"{zh}：应该是 {TEXTS[-1]!r}，却打印了 {shown!r:.70}。（只打印新增的文字，不用 \\r。）",
-        f"{en}: {TEXTS[-1]!r}, and not {shown!r:.70}. (Print what is new alone, without \\r.)",
+        shown == text,
+        f"{zh}：应该是 {text!r}，却打印了 {shown!r:.70}。（只打印新增的文字，不用 \\r。）",
+        f"{en}: {text!r}, and not {shown!r:.70}. (Print what is new alone, without \\r.)",
     )
 
 
@@ -103,12 +104,18 @@ def sending(pieces: list[bytes], end: bool = True) -> Callable[[Exchange], None]
     return answer
 
 
-def check_pieces(file: Path, zh: str, en: str, pieces: list[bytes]) -> None:
+def check_end(file: Path) -> None:
+    zh = "回答以 < 结尾时，流结束后要把它打印出来"
+    en = "An answer may end in <, which is to be printed when the stream ends"
+    check_pieces(file, zh, en, [b"<^>1", b"<^>1 <"], "1 <")
+
+
+def check_pieces(file: Path, zh: str, en: str, pieces: list[bytes], text: str = TEXTS[-1]) -> None:
     with RawServer(sending(pieces)) as server:
         program = start(file, server)
         if program.wait():
             raise Wrong(f"{zh}：{program.last_error()}", f"{en}: {program.last_error()}")
-    require_text(program, zh, en)
+    require_text(program, zh, en, text)
 
 
 def check_broken(file: Path) -> None:
