@@ -149,7 +149,8 @@ def test_log_probabilities_in_the_older_form(url):
     for chosen, likeliest in zip(told["token_logprobs"], told["top_logprobs"], strict=True):
         assert chosen == max(likeliest.values()) <= 0 and len(likeliest) == 3
     alone = go_on(url, POEM, logprobs=0, **asked)["choices"][0]["logprobs"]
-    assert alone["token_logprobs"] == told["token_logprobs"]
+    # Sums over other numbers of threads are rounded differently.
+    assert alone["token_logprobs"] == pytest.approx(told["token_logprobs"], abs=1e-4)
     assert alone["top_logprobs"] == [{}] * 6
     assert go_on(url, POEM, **asked)["choices"][0]["logprobs"] is None
 
