@@ -61,9 +61,8 @@ def shown_logprobs(logprobs: list[TokenLogprob], hidden: str, tokenizer: Any) ->
     """Without those of the tokens that have nothing but the end of the text, which is `hidden`.
     White space at its end does not count: until more follows, a chunk's text lacks it."""
     count = len(logprobs)
-    tokens = [each.token for each in logprobs]
     while hidden and count:
-        text = text_of(tokenizer, tokens[count - 1 :])
+        text = text_of(tokenizer, [each.token for each in logprobs[count - 1 :]])
         if len(text.rstrip()) > len(hidden.rstrip()):
             break
         count -= 1

@@ -45,14 +45,17 @@ UNSUPPORTED: dict[str, list[Any]] = {
     "no_repeat_ngram_size": [0],
 }
 
+# The same, where a text is gone on with, for what means something in a conversation alone.
+CHAT_ONLY: dict[str, list[Any]] = {
+    "messages": [[]],
+    "tools": [[]],
+    "tool_choice": ["auto", "none"],
+    "response_format": [{"type": "text"}],
+}
 ADVICE = {
     "functions": "use tools",
     "function_call": "use tool_choice",
-    # Where a text is gone on with:
-    "messages": "send it to /v1/chat/completions",
-    "tools": "send it to /v1/chat/completions",
-    "tool_choice": "send it to /v1/chat/completions",
-    "response_format": "send it to /v1/chat/completions",
+    **dict.fromkeys(CHAT_ONLY, "send it to /v1/chat/completions"),
 }
 
 # What changes nothing here: it is about accounts, storage and speed, or says what is so anyway.

@@ -5,23 +5,16 @@ Format: https://platform.openai.com/docs/api-reference/completions/create
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
 from chatglm import InvalidField
 from server.bodies import Prompt, one_of
-from server.openai_fields import NOT_SET, UNSUPPORTED
+from server.openai_fields import CHAT_ONLY, NOT_SET, UNSUPPORTED
 from server.openai_request import OpenAIRequest
 
 MAX_ANSWERS = 64  # of one request
-# What would change the answer in a conversation, with the values that ask for nothing.
-CHAT_ONLY: dict[str, list[Any]] = {
-    "messages": [[]],
-    "tools": [[]],
-    "tool_choice": ["auto", "none"],
-    "response_format": [{"type": "text"}],
-}
 Text = Annotated[str, Field(min_length=1)]
 
 

@@ -333,10 +333,10 @@ def test_html_that_one_types_is_shown_as_text_and_runs_nothing(page):
 
 
 @contextmanager
-def answered(driver, text, end="data: [DONE]"):
+def answered(driver, text):
     """The page after an answer that came a few characters at a time."""
     pieces = [event(text[i : i + 3]) for i in range(0, len(text), 3)]
-    with peer(": ping", *pieces, end) as url:
+    with peer(": ping", *pieces, "data: [DONE]") as url:
         driver.get(url)
         answer(driver, "Hello")
         yield

@@ -34,12 +34,7 @@ from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
 from chatglm.sampling import SamplingParams, check_params, check_room
 from chatglm.text.constraint import GrammarCompiler
-from chatglm.text.continuation import (
-    HIDDEN_TOKENS,
-    AnswerText,
-    check_characters,
-    encode_prompt,
-)
+from chatglm.text.continuation import HIDDEN_TOKENS, AnswerText, check_characters, encode_prompt
 from chatglm.text.forms import AnswerForm
 from chatglm.text.messages import extend_history, to_messages
 from chatglm.text.tools import published_response, tool_names

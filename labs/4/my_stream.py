@@ -1,4 +1,4 @@
-"""实验 4：教材里的流式服务器，一字不改。Lab 4: the chapter's streaming server, as printed.
+"""实验 4：教材里的流式服务器，只换了模型。Lab 4: the chapter's, as printed but for the model.
 
 python -m uvicorn --app-dir labs/4 my_stream:app
 """

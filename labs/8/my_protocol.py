@@ -1,7 +1,7 @@
 """实验 8：改协议，两边一起改。Lab 8: change the protocol, on both sides.
 
 python -m uvicorn --app-dir labs/8 my_protocol:app
-python my_protocol.py http://127.0.0.1:8000 你好
+python labs/8/my_protocol.py http://127.0.0.1:8000 你好
 """
 
 import codecs

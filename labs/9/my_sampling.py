@@ -1,7 +1,7 @@
 """实验 9：加一个采样参数。Lab 9: add a sampling parameter.
 
 python -m uvicorn --app-dir labs/9 my_sampling:app
-python my_sampling.py http://127.0.0.1:8000 "什么是 HTTP？" --top-k 5
+python labs/9/my_sampling.py http://127.0.0.1:8000 "什么是 HTTP？" --top-k 5
 """
 
 import argparse

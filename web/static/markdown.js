@@ -17,36 +17,33 @@ const escaped = text => text.replace(/[&<>"']/g, one => `&#${one.charCodeAt(0)};
 
 // TeX would lose its backslashes and underscores as Markdown, so it is kept as it is written:
 // $$ and \[ on lines of their own, \( and $ within a line (but "$5 and $6" is no formula).
-const BLOCK_TEX = /^(?:\$\$[^]{1,4000}?\$\$|\\\[[^]{1,4000}?\\\])[ \t]*(?:\n|$)/;
-const INLINE_TEX = new RegExp([
-  /^\$\$[^]{1,4000}?\$\$/, /^\\\[[^]{1,4000}?\\\]/, /^\\\([^]{1,1000}?\\\)/,
-  /^\$(?!\s)[^$\n]{0,500}?[^$\s]\$(?!\d)/,
-].map(one => one.source).join("|"));
+const DISPLAYED_TEX = String.raw`\$\$[^]{1,4000}?\$\$|\\\[[^]{1,4000}?\\\]`;
+const INLINE_TEX = String.raw`\\\([^]{1,1000}?\\\)|\$(?!\s)[^$\n]{0,500}?[^$\s]\$(?!\d)`;
 
-const blockTex = {
-  name: "blockTex",
-  level: "block",
-  start(text) {
-    const found = /\n(?=\$\$|\\\[)/.exec(text);
-    if (found) return found.index + 1;
-  },
-  tokenizer(text) {
-    const found = BLOCK_TEX.exec(text);
-    if (found) return { type: "blockTex", raw: found[0] };
-  },
-  renderer: token => `<p class="verbatim">${escaped(token.raw.trim())}</p>`,
-};
+function tex(level, pattern, start, tag) {
+  const type = level + "Tex";
+  return {
+    name: type,
+    level,
+    start,
+    tokenizer(text) {
+      const found = pattern.exec(text);
+      if (found) return { type, raw: found[0] };
+    },
+    renderer: token => `<${tag} class="verbatim">${escaped(token.raw.trim())}</${tag}>`,
+  };
+}
 
-const inlineTex = {
-  name: "inlineTex",
-  level: "inline",
-  start: text => /\$|\\[([]/.exec(text)?.index,
-  tokenizer(text) {
-    const found = INLINE_TEX.exec(text);
-    if (found) return { type: "inlineTex", raw: found[0] };
-  },
-  renderer: token => `<span class="verbatim">${escaped(token.raw)}</span>`,
-};
+function nextDisplayedTex(text) {
+  const found = /\n(?=\$\$|\\\[)/.exec(text);
+  if (found) return found.index + 1;
+}
+
+const blockTex = tex(
+  "block", new RegExp(`^(?:${DISPLAYED_TEX})[ \\t]*(?:\\n|$)`), nextDisplayedTex, "p");
+const inlineTex = tex(
+  "inline", new RegExp(`^(?:${DISPLAYED_TEX}|${INLINE_TEX})`),
+  text => /\$|\\[([]/.exec(text)?.index, "span");
 
 const reader = new marked.Marked({
   breaks: true,  // a line end of the model's stays one
