@@ -192,6 +192,7 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         max_waiting=settings.max_waiting,
         max_length=settings.max_length,
         timeout=settings.timeout,
+        separate_caches=settings.separate_caches,
     ) as engine:
         app.state.engine, app.state.preparation = engine, FairPool()
         app.state.metrics = metrics.Metrics(engine)

@@ -10,8 +10,8 @@ text/rounds.py, text/detokenizer.py, engine/engine.py, engine/sequence.py, engin
 engine/queue.py. Second: engine/transformers_batch.py, engine/cache_config.py, engine/rows.py,
 text/continuation.py, errors.py, server/, text/tools.py, text/forms.py, text/constraint.py. Third:
 checkpoint/, hardware/, engine/cpu_attention.py, engine/prefix_attention.py, engine/contexts.py,
-engine/cpu_glm.py, engine/cpu_cache.py, text/time_limit.py, text/template.py, text/glm4.py,
-text/chatglm1.py, tiny/.
+engine/cache_salt.py, engine/cpu_glm.py, engine/cpu_cache.py, text/time_limit.py,
+text/template.py, text/glm4.py, text/chatglm1.py, tiny/.
 """
 
 from chatglm.checkpoint.load import load

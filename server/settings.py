@@ -61,6 +61,9 @@ class Settings:
     )
     max_connections: int = flag(512, "connections at once", 1, type=int)
     max_body: int = flag(2**20, "bytes of a request", 1, type=int)
+    separate_caches: bool = flag(
+        False, "clients share no cached prefixes", type=is_on, nargs="?", const="1"
+    )
     timeout: float = flag(600.0, "seconds one answer may take", 0.1, type=float)
     grace: float = flag(30.0, "seconds for answers under way to end, after SIGTERM", 0, type=float)
     log_prompts: bool = flag(False, "log what users ask", type=is_on, nargs="?", const="1")

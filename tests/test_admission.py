@@ -6,12 +6,15 @@ from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
+import api
 import chatglm
 from chatglm import SamplingParams
 from chatglm.engine.queue import AdmissionQueue
 from chatglm.engine.sequence import LatestOutput, Output, Sequence
 from chatglm.text.messages import to_messages
+from server.settings import Settings
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
 ENDLESS = SamplingParams(temperature=0, max_length=1000)  # of 你好, which this model never ends
@@ -132,3 +135,55 @@ def test_whoever_comes_and_goes_nothing_is_lost_or_let_in_that_does_not_fit():
 
     for seed in range(30):
         asyncio.run(scenario(seed))
+
+
+def shared_tokens(engine):
+    """How many tokens of each prompt, from now on, are found in the cache."""
+    cache, found = engine._batch._manager.batch_processor.cache, []
+    search = cache.search_prefix_match
+
+    def watch(*arguments):
+        found.append(search(*arguments))
+        return found[-1]
+
+    cache.search_prefix_match = watch
+    return found
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_cached_prefixes_are_everyones_or_with_separate_caches_each_clients_own(loaded, separate):
+    """A prompt with the same first block, not the same prompt: its beginning alone gives it away.
+
+    Answered in one crowd, whose blocks fill while others run; then one after the other.
+    """
+    whole, other = to_messages("你好" * 60), to_messages("你好" * 59 + "世界")
+    params = SamplingParams(temperature=0, max_new_tokens=40)
+
+    async def scenario(engine):
+        crowd = [
+            answer(engine, engine.prepare(prompt, params), client)
+            for client in ("", "a", "b")
+            for prompt in (whole, other)
+        ]
+        answers = await asyncio.gather(*crowd)
+        assert answers[::2] == answers[:1] * 3 and answers[1::2] == answers[1:2] * 3
+        found = shared_tokens(engine)
+        for client in ("c", "c", "d", "d", ""):
+            assert await answer(engine, engine.prepare(whole, params), client) == answers[0]
+        return [tokens > 0 for tokens in found]
+
+    with chatglm.Engine(*loaded, separate_caches=separate) as engine:
+        known = asyncio.run(scenario(engine))
+    assert known == ([False, True, False, True, True] if separate else [True] * 5)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_flag_reaches_the_engine(loaded, separate):
+    app = FastAPI()
+    app.state.loaded, app.state.settings = loaded, Settings(separate_caches=separate)
+
+    async def start():
+        async with api.lifespan(app):
+            return app.state.engine.separate_caches
+
+    assert asyncio.run(start()) is separate

@@ -41,7 +41,7 @@ from chatglm.text.messages import to_messages
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "chatglm3"
 BATCH, ATTENTION = "chatglm/engine/transformers_batch.py", "chatglm/engine/cpu_attention.py"
-PREFIX = "chatglm/engine/prefix_attention.py"
+PREFIX, SALT = "chatglm/engine/prefix_attention.py", "chatglm/engine/cache_salt.py"
 CONVERSION = "chatglm/checkpoint/conversion.py"
 
 
@@ -151,6 +151,21 @@ PARTS = {
     "the manager's cache tells how many blocks it has": (
         BATCH,
         lambda seen: seen.cache.num_blocks > 1,
+    ),
+    "the cache looks for a prompt's beginning, and is told whose it is": (
+        SALT,
+        lambda: (
+            arguments(cache.PagedAttentionCache.search_prefix_match)
+            == ["self", "request_id", "prompt_ids"]
+        ),
+    ),
+    "each allocator hashes the blocks that a request has filled, and is told whose they are": (
+        SALT,
+        lambda seen: (
+            seen.allocator in seen.cache.cache_allocators.values()
+            and arguments(type(seen.allocator).mark_complete_blocks)[:3]
+            == ["self", "request_id", "token_ids"]
+        ),
     ),
     "the manager tells whether its thread takes requests": (
         BATCH,

@@ -48,6 +48,7 @@ class Engine:
     `active` requests are being generated, `waiting` ones are queued: at most `max_concurrency`
     run at once, and as many as the KV cache can hold to their end; about `max_waiting` may wait.
     `timeout` limits the seconds of an answer once it runs, `max_length` its tokens with the prompt.
+    With `separate_caches`, a client's cached prefixes are of no use to others.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class Engine:
         max_waiting: int = 256,
         max_length: int | None = None,
         timeout: float | None = None,
+        separate_caches: bool = False,
     ) -> None:
         self.tokenizer, self.model = tokenizer, model
         self.max_concurrency, self.timeout = max_concurrency, timeout
+        self.separate_caches = separate_caches
         context = model.config.max_position_embeddings
         self.max_model_len: int = min(max_length or context, context)  # tokens
         self.max_request_tokens = self.max_model_len  # less if the KV cache is smaller
@@ -180,6 +183,7 @@ class Engine:
         `client`, a name of any kind, share one share of the places.
         """
         sequence.client = client
+        sequence.cache_salt = client if self.separate_caches else ""
         chunks = self._run(sequence)
         # Runs it up to its first yield: only a generator that has started runs its `finally`
         # when it is closed, or dropped.

@@ -61,6 +61,7 @@ class Sequence:
     # Set when the engine takes the request.
     request_id: str = field(default="", init=False)
     client: str = field(default="", init=False)  # who asks: places are shared out by client
+    cache_salt: str = field(default="", init=False)  # it shares cached prefixes with this one
     num_blocks: int = field(default=0, init=False)  # of the KV cache, at most
     latest: LatestOutput = field(init=False)
     stats: RequestStats = field(init=False)

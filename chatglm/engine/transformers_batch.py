@@ -1,7 +1,8 @@
 """The seam to transformers' continuous batching: a batch of sequences, and the thread that runs it.
 
 Everything that this project takes from inside `transformers.generation.continuous_batching` is
-named in this file, or beside it in rows.py, cpu_attention.py, prefix_attention.py and contexts.py.
+named in this file, or beside it in rows.py, cache_salt.py, cpu_attention.py,
+prefix_attention.py and contexts.py.
 tests/test_seam.py checks each of these names.
 """
 
@@ -28,6 +29,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from chatglm.engine import cpu_attention
 from chatglm.engine.cache_config import WHOLE_PROMPTS, cache_config
+from chatglm.engine.cache_salt import salted_id, separate_prefixes
 from chatglm.engine.cpu_cache import MemoryOnFirstUse
 from chatglm.engine.cpu_glm import FusedGlmMixin
 from chatglm.engine.rows import RowExtras, params_of
@@ -69,8 +71,10 @@ class Batch:
                 use_half_weights(model)
         with MemoryOnFirstUse() if model.device.type == "cpu" else nullcontext():
             self._manager.warmup()  # builds the cache now: a lack of memory shows at start-up
+        cache = self._manager.batch_processor.cache
+        separate_prefixes(cache)
         self.block_size: int = config.page_size
-        self.num_blocks: int = self._manager.batch_processor.cache.num_blocks
+        self.num_blocks: int = cache.num_blocks
 
     @property
     def running(self) -> bool:
@@ -94,7 +98,7 @@ class Batch:
     def add(self, sequence: Sequence) -> bool:
         """Hands it to the model thread. False if that is not able to take it."""
         params, made = sequence.params, sequence.latest.token_ids  # some, after a pause
-        sequence.batch_id = f"{sequence.request_id}.{len(made)}"
+        sequence.batch_id = salted_id(sequence.cache_salt, f"{sequence.request_id}.{len(made)}")
         sequence.resumed_ids = made
         self._router.sequences[sequence.batch_id] = sequence  # first, or an output would be missed
         accepted = self._manager.add_request(
