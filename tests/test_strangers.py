@@ -19,6 +19,8 @@ from types import SimpleNamespace
 import pytest
 import requests
 from fastapi import Request
+from tokenizers import Regex, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import chatglm
 from api import Chat
@@ -620,6 +622,41 @@ def test_a_chat_template_that_does_not_end_is_stopped(monkeypatch, template):
     plain.chat_template = template
     with pytest.raises(ValueError, match="the chat template takes over 0.5 s"):
         TemplateTokenizer(plain, [0]).encode_chat([{"role": "user", "content": "hi"}])
+
+
+def splitting(pattern: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose file brings this regular expression."""
+    plain = byte_tokenizer()
+    plain.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    steps = plain.backend_tokenizer.pre_tokenizer
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    plain.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, steps])
+    return plain
+
+
+@pytest.mark.parametrize(
+    "pattern, said",
+    [
+        (r"(a+)+$", "cannot read this text.* times 'a'"),  # twice as long for each letter
+        (r"( | )+$", "cannot read this text.* times ' '"),
+        (r"a+(?=[^a?])", "takes over 1 s for .* times 'a'"),  # four times as long for twice as many
+    ],
+)
+def test_a_tokenizer_that_a_text_makes_slow_is_refused_at_start(pattern, said):
+    with pytest.raises(ValueError, match=said):
+        TemplateTokenizer(splitting(pattern), [0])
+
+
+def test_a_text_that_a_tokenizer_gives_up_is_refused_and_the_next_is_read():
+    tokenizer = TemplateTokenizer(splitting(r"(z+)+$"), [0])  # harmless at start
+    for encode in (
+        tokenizer.encode,
+        tokenizer.encode_plain,
+        lambda text: tokenizer.encode_chat([{"role": "user", "content": text}]),
+    ):
+        with pytest.raises(ValueError, match="the tokenizer cannot read this text"):
+            encode("z" * 40 + "!")
+        assert tokenizer.decode(encode("你好")) == "你好"
 
 
 def test_a_time_limit_never_reaches_what_comes_after():

@@ -6,6 +6,8 @@ import copy
 import itertools
 import json
 import re
+import time
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +20,8 @@ from chatglm.text.tools import INTRODUCTION
 MARK = "\ue000{}\ue001"  # for the special token of that number where a user wrote its name
 CUT = MARK.format("")  # for a place where the text is to be encoded in two parts
 GLM4_BEGINNING = ("[gMASK]", "<sop>")  # of every text
+LENGTHS_TRIED = [2**n for n in range(4, 16)]  # characters, when a tokenizer is tried out
+SECONDS_TO_ENCODE = 1.0  # that one of these texts may take; usual are 0.05
 
 
 class TemplateTokenizer:
@@ -39,6 +43,7 @@ class TemplateTokenizer:
         self._plain = copy.deepcopy(tokenizer)
         self.stop_ids = stop_ids
         self.vocab_size = len(tokenizer)
+        try_out(self._plain)
         self.anchor = tokenizer.encode("a", add_special_tokens=False)[-1]
         vocabulary = tokenizer.get_vocab()
         self.longest_token = max(map(len, vocabulary))
@@ -63,11 +68,11 @@ class TemplateTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: a special token's name is taken apart like any other word."""
-        return self._plain(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids_of(self._plain, text, add_special_tokens=False, split_special_tokens=True)
 
     def encode_plain(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer puts before every text."""
-        ids = self._plain(text, split_special_tokens=True)["input_ids"]
+        ids = ids_of(self._plain, text, split_special_tokens=True)
         # GLM-4's first files say so in Python; later ones leave it to the library.
         return ids if ids[:2] == self._before_text else [*self._before_text, *ids]
 
@@ -90,7 +95,7 @@ class TemplateTokenizer:
             if is_marked:
                 ids += self.encode(self._unmark(together))
             else:
-                ids += self.hf(together, add_special_tokens=False)["input_ids"]
+                ids += ids_of(self.hf, together, add_special_tokens=False)
         return ids
 
     def _declared(self, tools: list[dict]) -> list[dict]:
@@ -172,3 +177,31 @@ class TemplateTokenizer:
         if not self.has_metadata:
             return raw.strip()
         return without_metadata(fill_in_year(raw, finished), finished)  # GLM-4
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
+    """Raises ValueError where one of the tokenizer's regular expressions gives up."""
+    try:
+        return tokenizer(text, **options)["input_ids"]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what Rust code raises, no Exception
+            raise
+        raise ValueError(f"the tokenizer cannot read this text: {error}") from error
+
+
+def try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if a text makes it slow: its regular expressions come from a stranger.
+
+    Once it runs, nothing can stop it. So this is seen at start, on texts of doubling length.
+    """
+    for piece in ("a", " ", "1", "!", "\n", "a ", "\u4e2d"):
+        for length in LENGTHS_TRIED:
+            begin = time.process_time()
+            try:
+                ids_of(tokenizer, piece * length + "?")
+            except ValueError as error:
+                raise ValueError(f"{error}, {length} times {piece!a}") from error
+            if time.process_time() - begin > SECONDS_TO_ENCODE:
+                raise ValueError(
+                    f"its tokenizer takes over {SECONDS_TO_ENCODE:g} s for {length} times {piece!a}"
+                )
