@@ -7,7 +7,8 @@
                                     of the client that has most; if all are busy, only GET /health
                                     is answered. One client never has them all.
 
-`uvicorn api:app` has none of these, see docs/safety.md.
+`uvicorn api:app` has none of these, see docs/safety.md. hypercorn and granian limit a
+request's headers too, but nobody's share of the connections, and keep none for GET /health.
 """
 
 from __future__ import annotations
