@@ -10,8 +10,7 @@ Endpoints:
     GET  /health               whether it can answer; /status, /metrics: how busy it is
     GET  /docs                 every route and field, to try in a browser
     GET, POST /stream          an answer as server-sent events      (server/sse.py)
-    POST /v1/chat/completions  an answer in OpenAI's format         (server/openai_api.py)
-    POST /v1/completions       how a text goes on, in the same; GET /v1/models
+    POST /v1/chat/completions, /v1/completions; GET /v1/models: OpenAI's  (server/openai_api.py)
 
 Limits (all flags are in server/settings.py):
     --max-concurrency 64       answers under way at once
@@ -73,7 +72,7 @@ class Chat(RequestBody):
     temperature: Temperature = 0.95
     repetition_penalty: RepetitionPenalty = 1.0
     seed: Seed = None
-    stop: Stop = []
+    stop: Stop = []  # minded by server/answers.py
     stream: bool = Field(True, description="false: the answer in one piece")
 
     def prompts(self) -> list:
@@ -95,7 +94,7 @@ class Chat(RequestBody):
 async def process(chunks: AsyncGenerator[chatglm.Chunk, None]) -> AsyncGenerator[str, None]:
     """Frames of an answer: the marker, then the whole text so far."""
     sent = None
-    async with aclosing(chunks):  # also when this is cancelled; it stops the generation
+    async with aclosing(chunks):  # closing it stops the generation, also if this is cancelled
         async for chunk in chunks:
             if chunk.text != sent and (chunk.text or chunk.finish_reason):
                 sent = chunk.text
@@ -115,14 +114,16 @@ async def process(chunks: AsyncGenerator[chatglm.Chunk, None]) -> AsyncGenerator
 )
 async def chat(request: Request) -> Response:
     """An answer in frames, `<^>` and the whole text so far; whole with `"stream": false`."""
-    body, chunks = shown(await admit(request, Chat))
+    admitted = await admit(request, Chat)  # checked, and in the queue; or it is refused here
+    body, chunks = shown(admitted)
     if body.stream:
         return AnswerResponse(process(chunks))
     return JSONResponse(await unless_disconnected(request, whole(chunks, body)))
 
 
 def escape(text: str) -> str:
-    """Keeps the text's own markers apart: one zero-width space more in each `<^>`."""
+    """Marks the text's own `<^>` by a zero-width space, one more than are there already: so a
+    client can take it out again."""
     return re.sub("<\\^(\u200b*)>", "<^\\1\u200b>", text)
 
 
@@ -196,7 +197,7 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
     ) as engine:
         app.state.engine, app.state.preparation = engine, FairPool()
         app.state.metrics = metrics.Metrics(engine)
-        yield
+        yield  # here the server runs
 
 
 def load(settings: Settings) -> None:
