@@ -301,7 +301,6 @@ def test_a_client_with_too_much_waiting_is_told_so():
         pool, gate = FairPool(), threading.Event()
         tasks = [asyncio.create_task(pool.run("greedy", gate.wait)) for _ in range(500)]
         await asyncio.sleep(0)
-        assert await pool.run("honest", int) == 0 if not THREADS else True
         gate.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
