@@ -7,7 +7,8 @@ the seed, the position and the token, not on what else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,7 +52,13 @@ class TokenLogprob(NamedTuple):
 
     token: int
     logprob: float
-    alternatives: list[tuple[int, float]]  # the likeliest tokens, with their log-probabilities
+    likeliest: array[int]  # tokens; arrays take an eighth of the memory of lists
+    their_logprobs: array[float]
+
+    @property
+    def alternatives(self) -> Iterator[tuple[int, float]]:
+        """The likeliest tokens, with their log-probabilities."""
+        return zip(self.likeliest, self.their_logprobs, strict=True)
 
 
 class Bias:

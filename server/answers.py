@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -60,13 +61,19 @@ async def until_stop(
 def shown_logprobs(logprobs: list[TokenLogprob], hidden: str, tokenizer: Any) -> list[TokenLogprob]:
     """Without those of the tokens that have nothing but the end of the text, which is `hidden`.
     White space at its end does not count: until more follows, a chunk's text lacks it."""
-    count = len(logprobs)
-    while hidden and count:
-        text = text_of(tokenizer, [each.token for each in logprobs[count - 1 :]])
-        if len(text.rstrip()) > len(hidden.rstrip()):
-            break
-        count -= 1
-    return logprobs[:count]
+    if not hidden:
+        return logprobs
+    most, length = len(logprobs), len(hidden.rstrip())
+
+    def is_hidden(number: int) -> bool:
+        text = text_of(tokenizer, [each.token for each in logprobs[number:]])
+        return len(text.rstrip()) <= length
+
+    # The longest stop sequence may hide hundreds of tokens, each of them in every chunk.
+    begin = most
+    while begin and is_hidden(begin):
+        begin = max(0, 2 * begin - most - 1)
+    return logprobs[: begin + bisect_left(range(begin, most), True, key=is_hidden)]
 
 
 async def visible(

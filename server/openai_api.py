@@ -7,7 +7,6 @@ in openai_replies.py.
 from __future__ import annotations
 
 from fastapi import APIRouter, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
 
 from chatglm.errors import preview
 from server.http_errors import documented, openai_error
@@ -16,7 +15,7 @@ from server.openai_chat import ChatCompletionRequest
 from server.openai_replies import ChatCompletionReply, CompletionReply, Reply
 from server.openai_request import OpenAIRequest
 from server.openai_text import CompletionRequest
-from server.responses import unless_disconnected
+from server.responses import PiecesOfJSON, unless_disconnected
 from server.sse import EventStream
 
 REFUSAL = openai_error(HTTPException(400, "temperature must be less than or equal to 2, not 3"))
@@ -59,7 +58,7 @@ async def reply_to(
     reply = reply_type(name, body, answers, tokenizer)
     if body.stream:
         return EventStream(reply.events())
-    return JSONResponse(await unless_disconnected(request, reply.whole()))
+    return PiecesOfJSON(await unless_disconnected(request, reply.whole()))
 
 
 @router.get("/models")

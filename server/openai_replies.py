@@ -10,6 +10,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from fastapi import HTTPException
@@ -22,7 +23,9 @@ from server.answers import Delta, deltas, merged, text_of
 from server.http_errors import openai_error
 from server.openai_chat import ChatCompletionRequest
 from server.openai_request import OpenAIRequest
-from server.sse import json_event
+from server.sse import json_event, to_json
+
+AT_ONCE = 500  # tokens whose log-probabilities are sent in one piece
 
 
 class Reply(ABC):
@@ -59,8 +62,22 @@ class Reply(ABC):
         """The choices, without their index, for what is new in an answer."""
 
     @abstractmethod
-    def choice(self, text: str, logprobs: list[TokenLogprob], last: Delta) -> dict:
-        """The choice, without its index, for a whole answer."""
+    def choice(self, text: str, last: Delta) -> dict:
+        """The choice, without its index and log-probabilities, for a whole answer."""
+
+    COLUMNS: ClassVar[tuple[str, ...]]  # of an answer's log-probabilities, a list each
+    BESIDE: ClassVar[dict] = {}
+
+    @abstractmethod
+    def row(self, told: TokenLogprob) -> tuple:
+        """What each column has of a token."""
+
+    def logprobs(self, some: list[TokenLogprob]) -> dict | None:
+        if self.body.alternatives is None:
+            return None
+        rows = list(map(self.row, some))
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(self.COLUMNS)}
+        return {**columns, **self.BESIDE}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Chunk objects with what is new, then how each answer ended, perhaps the usage; [DONE].
@@ -83,24 +100,42 @@ class Reply(ABC):
     def chunk_event(self, choices: list[dict], **more: Any) -> bytes:
         return json_event({"object": self.CHUNK, **self.head, "choices": choices, **more})
 
-    async def whole(self) -> dict:
-        """One object with all answers."""
+    async def whole(self) -> list[bytes]:
+        """The JSON of one object with all answers, in pieces.
+
+        Log-probabilities may be hundreds of times as long as the text. Each is written when it
+        comes: all at once, at the end, would hold up the event loop.
+        """
         texts = [""] * self.num_answers
-        logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+        told: list[list[tuple[bytes, ...]]] = [[] for _ in texts]
         choices: dict[int, dict] = {}
         async with aclosing(self.deltas):
             async for i, delta in self.deltas:
                 self.last[i] = delta.chunk
                 texts[i] += delta.text
-                logprobs[i] += delta.logprobs
+                if self.body.alternatives is not None:
+                    told[i] += [tuple(map(to_json, self.row(each))) for each in delta.logprobs]
                 if delta.finish_reason:
-                    choices[i] = {"index": i, **self.choice(texts[i], logprobs[i], delta)}
-        return {
-            "object": self.WHOLE,
-            **self.head,
-            "choices": [choices[i] for i in sorted(choices)],
-            "usage": self.usage(),
-        }
+                    choices[i] = {"index": i, **self.choice(texts[i], delta)}
+        head = {"object": self.WHOLE, **self.head, "usage": self.usage()}
+        pieces = [to_json(head)[:-1], b',"choices":[']
+        for i in sorted(choices):
+            pieces += [to_json(choices[i])[:-1], b',"logprobs":', *self.written(told[i]), b"},"]
+        return [*pieces[:-1], b"}]}"]
+
+    def written(self, told: list[tuple[bytes, ...]]) -> Iterator[bytes]:
+        """`logprobs`, from rows that are JSON already."""
+        if self.body.alternatives is None:
+            yield b"null"
+            return
+        yield to_json(self.BESIDE)[:-1]
+        for i, name in enumerate(self.COLUMNS):
+            yield b"%s%s:[" % (b"," if i or self.BESIDE else b"", to_json(name))
+            for begin in range(0, len(told), AT_ONCE):
+                rows = told[begin : begin + AT_ONCE]
+                yield b",".join(row[i] for row in rows) + b"," * (begin + AT_ONCE < len(told))
+            yield b"]"
+        yield b"}"
 
     def usage(self) -> dict:
         each_prompt = range(0, self.num_answers, self.body.num_answers)
@@ -117,6 +152,7 @@ class Reply(ABC):
 
 class ChatCompletionReply(Reply):
     ID, WHOLE, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    COLUMNS, BESIDE = ("content",), {"refusal": None}
     body: ChatCompletionRequest
 
     def callable_names(self) -> list[str]:
@@ -138,35 +174,29 @@ class ChatCompletionReply(Reply):
         told = self.logprobs(logprobs) if logprobs is not None else None
         return {"delta": new, "logprobs": told, "finish_reason": None}
 
-    def choice(self, text: str, logprobs: list[TokenLogprob], last: Delta) -> dict:
+    def choice(self, text: str, last: Delta) -> dict:
         message: dict[str, Any] = {"role": "assistant", "content": text}
         if last.call:
             message["content"] = text or None
             message["tool_calls"] = [call_object(last.call)]
-        return {
-            "message": message,
-            "logprobs": self.logprobs(logprobs),
-            "finish_reason": last.finish_reason,
-        }
+        return {"message": message, "finish_reason": last.finish_reason}
 
-    def logprobs(self, logprobs: list[TokenLogprob]) -> dict | None:
-        """Text, log-probability and UTF-8 of each token, with its alternatives."""
-        if not self.body.logprobs:
-            return None
-        content = [
-            {
-                **self.described(each.token, each.logprob),
-                "top_logprobs": [self.described(*other) for other in each.alternatives],
-            }
-            for each in logprobs
-        ]
-        return {"content": content, "refusal": None}
+    def row(self, told: TokenLogprob) -> tuple[dict]:
+        """Text, log-probability and UTF-8 of a token, and of its alternatives."""
+        others = [self.described(*other) for other in told.alternatives]
+        return ({**self.described(told.token, told.logprob), "top_logprobs": others},)
 
     def described(self, token: int, logprob: float) -> dict:
-        text = text_of(self.tokenizer, [token])
+        text = token_text(self.tokenizer, token)
         # A token may be a part of a character: it has no text of its own.
         in_bytes = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": in_bytes}
+
+
+@lru_cache(maxsize=2**17)
+def token_text(tokenizer: Any, token: int) -> str:
+    """The same tokens are asked for over and over."""
+    return text_of(tokenizer, [token])
 
 
 def call_object(call: ToolCall) -> dict:
@@ -175,31 +205,17 @@ def call_object(call: ToolCall) -> dict:
 
 class CompletionReply(Reply):
     ID, WHOLE, CHUNK = "cmpl", "text_completion", "text_completion"
+    COLUMNS = ("tokens", "token_logprobs", "top_logprobs")
 
     def first(self) -> Iterator[dict]:
         return iter(())
 
     def pieces(self, delta: Delta) -> Iterator[dict]:
-        yield self.choice(delta.text, delta.logprobs, delta)
+        yield {**self.choice(delta.text, delta), "logprobs": self.logprobs(delta.logprobs)}
 
-    def choice(self, text: str, logprobs: list[TokenLogprob], last: Delta) -> dict:
-        return {
-            "text": text,
-            "logprobs": self.logprobs(logprobs),
-            "finish_reason": last.finish_reason,
-        }
+    def choice(self, text: str, last: Delta) -> dict:
+        return {"text": text, "finish_reason": last.finish_reason}
 
-    def logprobs(self, logprobs: list[TokenLogprob]) -> dict | None:
-        if self.body.alternatives is None:
-            return None
-
-        def text(token: int) -> str:
-            return text_of(self.tokenizer, [token])
-
-        return {
-            "tokens": [text(each.token) for each in logprobs],
-            "token_logprobs": [each.logprob for each in logprobs],
-            "top_logprobs": [
-                {text(token): logprob for token, logprob in each.alternatives} for each in logprobs
-            ],
-        }
+    def row(self, told: TokenLogprob) -> tuple[str, float, dict]:
+        others = {token_text(self.tokenizer, token): value for token, value in told.alternatives}
+        return token_text(self.tokenizer, told.token), told.logprob, others

@@ -42,6 +42,21 @@ class AnswerResponse(StreamingResponse):
             logger.error("%s", error)
 
 
+class PiecesOfJSON(StreamingResponse):
+    """A whole answer that is too long to be copied at once. It waits for a slow reader after each
+    piece; its length is known."""
+
+    media_type = "application/json"
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        super().__init__(each(pieces), headers={"Content-Length": str(sum(map(len, pieces)))})
+
+
+async def each(pieces: list[bytes]) -> AsyncGenerator[bytes, None]:
+    for piece in pieces:
+        yield piece
+
+
 async def unless_disconnected(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
     """The awaited answer, for a route that sends it in one piece. If the client disconnects, the
     answer is cancelled: FastAPI itself would let it run to its end for nobody."""

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -25,14 +27,18 @@ from transformers import PreTrainedTokenizerFast
 import chatglm
 from api import Chat
 from chatglm.checkpoint.files import is_whole
+from chatglm.sampling import TokenLogprob
 from chatglm.text.template import TemplateTokenizer
 from chatglm.text.time_limit import time_limit
-from chatglm.text.tokenizer import is_tool_name
+from chatglm.text.tokenizer import ChatGLMTokenizer, is_tool_name
+from server.answers import shown_logprobs, text_of
 from server.clients import client_of, network_of
 from server.connections import FOR_OTHERS
 from server.keys import read_keys
 from server.logs import CleanFormatter
 from server.openai_chat import ChatCompletionRequest
+from server.openai_replies import ChatCompletionReply, CompletionReply
+from server.openai_text import CompletionRequest
 from server.parsing import parse
 from server.preparation import THREADS, FairPool
 from server.settings import Settings, parse_settings
@@ -260,7 +266,95 @@ def test_looking_for_a_stop_sequence_takes_as_long_for_each_piece_of_a_long_answ
     assert seconds(40_000) < 8 * seconds(10_000)  # a search from the beginning: 16 times
 
 
-# --- 3. Preparing ------------------------------------------------------------------------------
+# --- 3. Log-probabilities: they may be hundreds of times as long as the text --------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocabulary = (HERE / "chatglm" / "tiny" / "tokenizer.model").read_bytes()
+    return ChatGLMTokenizer(vocabulary, "chatglm3")
+
+
+def told(tokens, alternatives=20):
+    others = array("i", range(1000, 1000 + alternatives))
+    return [TokenLogprob(i, -1.0, others, array("d", [-2.0] * alternatives)) for i in tokens]
+
+
+@pytest.mark.parametrize(
+    "body, kind",
+    [
+        ({**HI, "logprobs": True, "top_logprobs": 20}, ChatCompletionReply),
+        ({"prompt": "a", "logprobs": 20}, CompletionReply),
+    ],
+)
+def test_log_probabilities_are_written_as_they_come(tokenizer, monkeypatch, body, kind):
+    """A long answer in one piece: between two turns of the event loop a few tokens are written."""
+    turn, turns = 0, []
+
+    async def answer():
+        for length in range(10, 1510, 10):
+            await asyncio.sleep(0)
+            reason = "length" if length == 1500 else None
+            tokens = told(range(600, 600 + length))
+            yield chatglm.Chunk("a" * length, "", 1, length, reason, 0, tokens)
+
+    async def count():
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    def row(self, each, original=kind.row):
+        turns.append(turn)
+        return original(self, each)
+
+    async def whole():
+        counting = asyncio.create_task(count())
+        try:
+            return await kind("m", type_of[kind].from_fields(body), [answer()], tokenizer).whole()
+        finally:
+            counting.cancel()
+
+    type_of = {ChatCompletionReply: ChatCompletionRequest, CompletionReply: CompletionRequest}
+    monkeypatch.setattr(kind, "row", row)
+    pieces = asyncio.run(whole())
+    assert len(turns) == 1500 and max(Counter(turns).values()) <= 20
+    assert max(map(len, pieces)) < 2**20  # bytes
+    logprobs = json.loads(b"".join(pieces))["choices"][0]["logprobs"]
+    if kind is CompletionReply:
+        assert len(logprobs["tokens"]) == len(logprobs["top_logprobs"]) == 1500
+        assert logprobs["token_logprobs"] == [-1.0] * 1500
+    else:
+        assert [len(each["top_logprobs"]) for each in logprobs["content"]] == [20] * 1500
+        assert logprobs["refusal"] is None
+
+
+def test_what_a_stop_sequence_hides_is_found_in_few_steps(tokenizer):
+    class Counted:
+        anchor, read = tokenizer.anchor, 0
+
+        def decode(self, tokens):
+            self.read += len(tokens)
+            return tokenizer.decode(tokens)
+
+    for text in ("什么是 HTTP？ hello, world" * 20, "a b  c\n\n d " * 40):
+        tokens = tokenizer.encode(text)
+        whole = text_of(tokenizer, tokens)
+        for length in (0, 1, 7, 200):
+            hidden = whole[len(whole) - length :]
+            counted = Counted()
+            count = len(shown_logprobs(told(tokens, 0), hidden, counted))
+            expected = next(  # from the end, one by one
+                number
+                for number in range(len(tokens), -1, -1)
+                if not number
+                or len(text_of(tokenizer, tokens[number - 1 :]).rstrip()) > len(hidden.rstrip())
+            )
+            assert count == (expected if hidden else len(tokens))
+            assert counted.read < 20 * (length + 10)
+
+
+# --- 4. Preparing ------------------------------------------------------------------------------
 
 
 def test_clients_take_turns_and_one_that_hangs_up_is_passed_over():
@@ -326,7 +420,7 @@ def test_the_rest_of_an_ipv6_address_makes_no_other_client():
     assert network_of("::ffff:192.0.2.1") == "192.0.2.1" != network_of("192.0.2.2")
 
 
-# --- 4. Connections ----------------------------------------------------------------------------
+# --- 5. Connections ----------------------------------------------------------------------------
 
 
 def test_a_head_without_end_is_refused(url):
@@ -416,7 +510,7 @@ def test_where_all_connections_are_busy_health_is_answered_still(small):
     assert ask(small)
 
 
-# --- 5. Browsers -------------------------------------------------------------------------------
+# --- 6. Browsers -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/", "/stream", V1, TEXT])
@@ -505,7 +599,7 @@ def test_a_page_on_the_internet_may_ask_this_machine_if_its_origin_is_allowed(op
     assert reply.status_code == 400
 
 
-# --- 6. Keys and the log -----------------------------------------------------------------------
+# --- 7. Keys and the log -----------------------------------------------------------------------
 
 
 def test_an_empty_key_does_not_open_the_server(monkeypatch, capsys):
@@ -578,7 +672,7 @@ def test_a_missing_key_file_ends_the_start():
     assert run.returncode == 2 and "--api-key-file" in run.stderr and run.stderr.count("\n") == 1
 
 
-# --- 7. Files ----------------------------------------------------------------------------------
+# --- 8. Files ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

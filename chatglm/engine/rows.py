@@ -6,6 +6,7 @@ graph repeats the same work in every step.
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import torch
@@ -101,10 +102,10 @@ class RowExtras:
         `scores` [n, V]."""
         for row, position, sequence in self.recorded:
             logprobs = scores[row].log_softmax(dim=-1)
-            sequence.logprobs[position] = recorded(int(token[row]), logprobs, sequence.params)
+            sequence.new_logprobs[position] = recorded(int(token[row]), logprobs, sequence.params)
 
 
 def recorded(token: int, logprobs: torch.Tensor, params: SamplingParams) -> TokenLogprob:
     likeliest = logprobs.topk(params.logprobs or 0)
-    alternatives = list(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
-    return TokenLogprob(token, float(logprobs[token]), alternatives)
+    tokens, values = array("i", likeliest.indices.tolist()), array("d", likeliest.values.tolist())
+    return TokenLogprob(token, float(logprobs[token]), tokens, values)

@@ -70,8 +70,9 @@ class Sequence:
     batch: Batch | None = field(default=None, init=False)
     batch_id: str = field(default="", init=False)  # its name there, a new one after each pause
     resumed_ids: list[int] = field(default_factory=list, init=False)  # tokens made before a pause
-    # Written by the model thread, if they were asked for, before it reports the token.
-    logprobs: dict[int, TokenLogprob] = field(default_factory=dict, init=False)  # by position
+    # Written by the model thread, if they were asked for, before it reports the token: by position.
+    new_logprobs: dict[int, TokenLogprob] = field(default_factory=dict, init=False)
+    logprobs: list[TokenLogprob] = field(default_factory=list, init=False)  # of the chunks so far
     failure: str | None = field(default=None, init=False)  # why it cannot go on
 
     @property
@@ -85,10 +86,13 @@ class Sequence:
         return self.constraint is not None and self.constraint.is_cut
 
     def logprobs_of(self, tokens: range) -> list[TokenLogprob]:
-        """Of these tokens of the answer, if they were asked for."""
+        """Of these tokens of the answer, if they were asked for. They begin with the same one each
+        time: each is looked up once, however long the answer."""
         if self.params.logprobs is None:
             return []
-        return [self.logprobs[len(self.input_ids) + number] for number in tokens]
+        for number in tokens[len(self.logprobs) :]:
+            self.logprobs.append(self.new_logprobs.pop(len(self.input_ids) + number))
+        return self.logprobs[: len(tokens)]
 
     def again(self, number: int) -> Sequence:
         """The same request for another answer: its seed is `number` further."""
