@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sentencepiece import SentencePieceProcessor
+
 from bench.contenders import ROOT, Running, our_server, serving
 from bench.load import ask, connect, get, question
 from bench.report import MIB
@@ -35,6 +37,8 @@ GROWTH = 100  # MiB by which memory may have grown: the allocator keeps some
 ALONE = 0.25  # share of the time in which the honest are among themselves
 V1, HI = "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "hi"}], '
 TOOL = HI + b'"tools": [{"type": "function", "function": {"name": "f", '
+VOCABULARY = SentencePieceProcessor(model_file=str(ROOT / "chatglm" / "tiny" / "tokenizer.model"))
+FORCED = b'"logit_bias": {"%d": 100}}' % VOCABULARY.encode("aa")[-1]  # an a, over and over
 ENDLESS = {"prompt": "Count", "temperature": 0, "repetition_penalty": 0.5, "max_length": 8192}
 
 BODIES = [
@@ -50,6 +54,12 @@ BODIES = [
     (V1, TOOL + b'"parameters": {"a": ' + b"[" * 90 + b"]" * 90 + b"}}}]}"),
     (V1, TOOL + b'"parameters": {"a": ' + b"[" * 9000 + b"]" * 9000 + b"}}}]}"),
     (V1, TOOL + b'"parameters": {"a": [' + (b"[" * 90 + b"]" * 90 + b",") * 5000 + b"0]}}}]}"),
+    (
+        V1,
+        HI + b'"logprobs": true, "top_logprobs": 20, "n": 4, "max_tokens": 2000, "temperature": 2}',
+    ),
+    (V1, HI + b'"logprobs": true, "stop": "' + b"a" * 499 + b'b", "max_tokens": 600, ' + FORCED),
+    (V1, HI + b'"max_tokens": 500, "response_format": {"type": "json_object"}, "temperature": 2}'),
 ]
 
 
