@@ -225,6 +225,7 @@ app.add_middleware(Browsers)
 app.add_middleware(Heads)
 app.add_exception_handler(HTTPException, error_response)
 app.add_exception_handler(chatglm.EngineError, error_response)
+app.add_exception_handler(Exception, error_response)
 
 
 def announce(url: str, settings: Settings) -> None:

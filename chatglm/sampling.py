@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from chatglm.errors import InvalidField, PromptTooLong
+from chatglm.errors import InvalidField, PromptTooLong, preview
 
 DEFAULT_MAX_LENGTH = 2048  # tokens of prompt and answer on POST /; the KV cache is made for these
 COLDEST = 1e-5  # the lowest temperature that is divided by
@@ -91,6 +91,8 @@ def check_params(params: SamplingParams, vocab_size: int, offers_logprobs: bool)
     """Raises InvalidField for what this model or this batch cannot do."""
     if params.logprobs is not None and not offers_logprobs:
         raise InvalidField("logprobs", "are not available with CUDA graphs; leave it out")
+    if not 0 <= params.top_k < 2**31:  # it travels in 32 bits
+        raise InvalidField("top_k", f"must be from 0 to {2**31 - 1}, not {preview(params.top_k)}")
     for token, _ in params.logit_bias:
         if not 0 <= token < vocab_size:
             raise InvalidField("logit_bias", f"names {token}, which is no token of this model")

@@ -27,7 +27,7 @@ async def refuse_other_sites(request: Request) -> None:
     if origin is None and site is None:  # no browser, or one that asks over plain HTTP
         return
     host = request.headers.get("host")
-    if origin is not None and urlsplit(origin).netloc == host:
+    if origin is not None and origin.partition("://")[2] == host:
         return
     origins = request.app.state.settings.origins
     if "*" not in origins and origin not in origins:
@@ -79,14 +79,23 @@ def is_served(scope: Scope, hosts: list[str]) -> bool:
     server = scope.get("server")
     if not hosts and not (server and is_loopback(server[0])):
         return True  # it came from the network, where the machine's names are not known here
-    host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-    name = (urlsplit(f"//{host}").hostname or "") if host else "localhost"
-    return "*" in hosts or name in hosts or is_loopback(name)
+    names = [name_in(value) for header, value in scope["headers"] if header == b"host"]
+    return "*" in hosts or all(name in hosts or is_loopback(name) for name in names)
+
+
+def name_in(host: bytes) -> str:
+    """Of a Host header, without the port. An empty one says nothing, as a missing one."""
+    try:
+        return (urlsplit(f"//{host.decode('latin-1')}").hostname or "") if host else "localhost"
+    except ValueError:  # half of an IPv6 address
+        return ""
 
 
 def is_loopback(name: str) -> bool:
     """localhost, and the addresses by which a machine reaches itself."""
     try:
-        return ipaddress.ip_address(name).is_loopback
+        address = ipaddress.ip_address(name)
     except ValueError:
         return name == "localhost" or name.endswith(".localhost")
+    # Where IPv6 is listened on, a connection of IPv4 comes from such an address.
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

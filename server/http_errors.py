@@ -65,7 +65,7 @@ class BadRequest(HTTPException):
 
 
 async def error_response(request: Request, error: Exception) -> JSONResponse:
-    """The handler of every HTTPException and EngineError, before the first byte of an answer."""
+    """The handler of every exception, before the first byte of an answer."""
     refusal = to_http(error, request.url.path)
     request.app.state.metrics.refused.labels(refusal.status_code).inc()
     return refusal_response(refusal, request.url.path)
@@ -83,7 +83,9 @@ def to_http(error: Exception, path: str) -> HTTPException:
         return error
     if isinstance(error, chatglm.QueueFull):
         return HTTPException(429, str(error), {"Retry-After": str(RETRY_AFTER)})
-    return HTTPException(503, str(error))
+    if isinstance(error, chatglm.EngineError):
+        return HTTPException(503, str(error))
+    return HTTPException(500, "this is a fault of the server; its log tells more")
 
 
 def detail(refusal: HTTPException) -> dict:

@@ -108,7 +108,7 @@ class OpenAIRequest(RequestBody):
             temperature=self.temperature,
             top_p=self.top_p,
             repetition_penalty=self.repetition_penalty,
-            top_k=self.top_k,
+            top_k=min(self.top_k, 2**31 - 1),  # all the same: no vocabulary is as large
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from starlette.staticfiles import StaticFiles
 
 # Browsers ask each time whether a file has changed: else a page could run an older one's script.
 FRESH = {"Cache-Control": "no-cache"}
+LONGEST_PATH = 100  # characters
 
 
 class PageFiles(StaticFiles):
@@ -17,6 +19,10 @@ class PageFiles(StaticFiles):
 
     def __init__(self) -> None:
         super().__init__(directory=Path(__file__).parents[1] / "web" / "static")
+
+    def lookup_path(self, path: str) -> tuple[str, os.stat_result | None]:
+        """For a path of thousands of folders, looking it up would take long; none is here."""
+        return super().lookup_path(path) if len(path) <= LONGEST_PATH else ("", None)
 
     def file_response(self, *args: Any, **options: Any) -> Response:
         response = super().file_response(*args, **options)

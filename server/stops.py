@@ -35,6 +35,9 @@ class StopSequence:
         return matched + (self.text[matched] == character)
 
 
+FAR = 2000  # characters; over this, the library's search is faster than one step for each
+
+
 class StopSearch:
     """The text of an answer up to the first stop sequence that is complete."""
 
@@ -52,11 +55,28 @@ class StopSearch:
         """
         if not self._stops:
             return text, False
+        if len(text) - self._read > FAR:
+            complete = self._complete_in(text)
+            if complete:
+                return text[: min(complete)[2]], True
+            for stop in self._stops:
+                stop.matched = 0
+            self._read = len(text) - max(len(stop.text) for stop in self._stops)
         matched = [stop.matched for stop in self._stops]
         for i in range(self._read, len(text)):
             matched = [stop.push(text[i]) for stop in self._stops]
-            complete = [n for n, stop in zip(matched, self._stops) if n == len(stop.text)]
-            if complete:
-                return text[: i + 1 - max(complete)], True
+            lengths = [n for n, stop in zip(matched, self._stops) if n == len(stop.text)]
+            if lengths:
+                return text[: i + 1 - max(lengths)], True
         self._read = len(text)
         return (text if ended else text[: len(text) - max(matched)]), False
+
+    def _complete_in(self, text: str) -> list[tuple[int, int, int]]:
+        """(end, minus its length, beginning) of each stop sequence that ends in what is new."""
+        found = []
+        for stop in self._stops:
+            length = len(stop.text)
+            begin = text.find(stop.text, max(0, self._read - length + 1))
+            if begin >= 0:
+                found.append((begin + length, -length, begin))
+        return found

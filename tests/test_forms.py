@@ -6,7 +6,7 @@ pytest tests/test_forms.py
 import asyncio
 import json
 import random
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import jsonschema
 import pytest
@@ -300,6 +300,20 @@ def test_a_constraint_goes_back_as_after_a_pause(engine):
 # What cannot be kept is refused, before it takes time
 
 
+def alternatives(depth):
+    """Two kilobytes for a grammar of 2 to the power of `depth` alternatives."""
+    schemas = {
+        f"d{i}": {
+            "anyOf": [
+                {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}], "properties": {f"{name}{i}": {}}}
+                for name in "pq"
+            ]
+        }
+        for i in range(depth)
+    }
+    return {"$ref": "#/$defs/d0", "$defs": {**schemas, f"d{depth}": {"type": "object"}}}
+
+
 @pytest.mark.parametrize(
     "schema, word",
     [
@@ -315,12 +329,34 @@ def test_a_constraint_goes_back_as_after_a_pause(engine):
         ({"const": "x" * 3000}, "more than 2000"),
         ({"type": "string", "pattern": "(a|" * 1000 + ")" * 1000}, "more than 2000"),
         ({"$ref": "http://127.0.0.1/x.json"}, "127.0.0.1"),
+        ({"patternProperties": {"^" + r"\p{L}?" * 400 + "$": {}}}, "more than 2000"),
+        ({"patternProperties": 5}, "patternProperties"),
+        ({"type": "integer", "multipleOf": True}, "multipleOf"),
+        (alternatives(10), "too many alternatives"),
     ],
 )
 def test_a_schema_that_cannot_be_kept_is_refused_by_name(engine, schema, word):
     with pytest.raises(InvalidField, match=word) as caught:
         engine.prepare(HELLO, None, JsonForm(schema, "response_format", strict=True))
     assert caught.value.field == "response_format" and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("required", [[[]], [5], [None], ["a", []], {}, "a"])
+def test_what_a_tool_requires_may_be_anything(engine, required):
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": required}
+    with suppress(InvalidField):
+        engine.prepare(HELLO, None, CallForm([CallableTool("f", schema, "tools.0")]))
+
+
+def test_many_tools_with_many_arguments_are_not_too_many(engine):
+    properties = {f"argument{n}": {"type": "string", "description": "..."} for n in range(12)}
+    form = CallForm(
+        [
+            CallableTool(f"t{n}", {"type": "object", "properties": properties}, "f")
+            for n in range(64)
+        ]
+    )
+    assert engine.prepare(HELLO, None, form).constraint
 
 
 def test_the_schemas_of_all_tools_together_are_bounded(engine):

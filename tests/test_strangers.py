@@ -6,6 +6,7 @@ pytest tests/test_strangers.py
 import asyncio
 import json
 import logging
+import random
 import shutil
 import socket
 import subprocess
@@ -21,17 +22,20 @@ from types import SimpleNamespace
 import pytest
 import requests
 from fastapi import Request
+from prometheus_client import Counter as Counted
 from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import api
 import chatglm
 from api import Chat
 from chatglm.checkpoint.files import is_whole
-from chatglm.sampling import TokenLogprob
+from chatglm.sampling import SamplingParams, TokenLogprob, check_params
 from chatglm.text.template import TemplateTokenizer
 from chatglm.text.time_limit import time_limit
 from chatglm.text.tokenizer import ChatGLMTokenizer, is_tool_name
 from server.answers import shown_logprobs, text_of
+from server.browsers import is_served
 from server.clients import client_of, network_of
 from server.connections import FOR_OTHERS
 from server.keys import read_keys
@@ -39,9 +43,10 @@ from server.logs import CleanFormatter
 from server.openai_chat import ChatCompletionRequest
 from server.openai_replies import ChatCompletionReply, CompletionReply
 from server.openai_text import CompletionRequest
-from server.parsing import parse
+from server.parsing import STRING, has_too_many, parse
 from server.preparation import THREADS, FairPool
 from server.settings import Settings, parse_settings
+from server.static import PageFiles
 from server.stops import StopSearch
 from test_api import ENDLESS, ask
 from tests.servers import BARE, HERE, LIMIT, busy, started, until
@@ -142,6 +147,21 @@ def test_a_body_of_too_many_values_is_refused_before_it_is_read(more):
         ).to_messages()
 
 
+@pytest.mark.parametrize("piece", [b'""', b'"",', b'"" ', b'",",', b'[","],'])
+def test_counting_values_gives_way_to_other_threads(piece):
+    """It looks at one string at a time: a call for all of them would hold Python's lock."""
+    body = piece * (2**20 // len(piece))
+    calls = []
+    sys.setprofile(lambda frame, event, called: calls.append(event))
+    try:
+        refused = has_too_many(body)
+    finally:
+        sys.setprofile(None)
+    values = STRING.sub(b"", body).count(b",") + body.count(b"[")
+    assert refused == (values > 100_000)
+    assert len(calls) > 10_000 or not refused
+
+
 @pytest.mark.parametrize("text", [", [ {" * 200_000, '"' * 60_000, "\\" * 90_000, '",' * 90_000])
 def test_what_a_text_holds_is_no_value(text):
     assert Chat.from_json(json.dumps({"prompt": text}).encode()).prompt == text
@@ -224,6 +244,23 @@ def test_tiny_numbers_are_refused_or_give_words(url, path, field, value, served)
     assert not served or "Hello" in reply.text or "Hi" in reply.text or "你好" in reply.text
 
 
+@pytest.mark.parametrize("top_k", [2**31, 2**32 + 1, 2**63, 10**4000])
+def test_an_enormous_top_k_is_all_tokens_and_harms_nobody(server, top_k):
+    with server.held():
+        other = threading.Thread(target=ask, args=(server.url,))
+        other.start()
+        until(lambda: busy(server.url) == 1)
+        answers = ThreadPoolExecutor(1).submit(
+            requests.post, server.url + V1, json={**HI, "top_k": top_k, "max_tokens": 3}
+        )
+        until(lambda: busy(server.url) == 2)
+    assert answers.result(LIMIT).status_code == 200
+    other.join(LIMIT)
+    assert not other.is_alive()
+    with pytest.raises(chatglm.InvalidField, match="top_k must be from 0 to"):
+        check_params(SamplingParams(top_k=top_k), 100, True)
+
+
 def test_a_temperature_that_is_nearly_0_is_greedy():
     assert Chat.from_fields({"prompt": "a", "temperature": 1e-6}).temperature == 0
     assert Chat.from_fields({"prompt": "a", "temperature": 0.01}).temperature == 0.01
@@ -254,6 +291,35 @@ def test_stop_sequences_are_found_as_by_hand_however_the_text_comes(stops):
         if not shown[1]:
             shown = search.before_stop(text, ended=True)
         assert shown == by_hand(text, stops), text
+
+
+def test_stop_sequences_are_found_in_much_text_at_once():
+    dice = random.Random(0)
+    for _ in range(300):
+        stops = ["".join(dice.choices("ab", k=dice.randint(9, 14))) for _ in range(3)]
+        text = "".join(dice.choices("ab", k=dice.choice([2500, 6000])))
+        search, cut = StopSearch(stops), dice.randint(0, 400)
+        shown = search.before_stop(text[:cut], ended=False)
+        if not shown[1]:
+            shown = search.before_stop(text, ended=False)
+            if not shown[1]:
+                held = len(text) - len(shown[0])
+                assert any(stop.startswith(text[len(text) - held :]) for stop in stops)
+                shown = search.before_stop(text, ended=True)
+        ends = [(text.find(s) + len(s), -len(s)) for s in stops if s in text]
+        end, length = min(ends, default=(len(text), 0))
+        assert shown == (text[: end + length], bool(ends))
+
+
+def test_much_text_at_once_costs_little_for_each_stop_sequence():
+    text = "a" * 100_000
+
+    def seconds(stops):
+        begun = time.thread_time()
+        StopSearch(stops).before_stop(text, ended=False)
+        return time.thread_time() - begun
+
+    assert seconds(["a" * 499 + "b"] * 32) < seconds(["c"] * 32) + 2  # step by step: twenty
 
 
 def test_looking_for_a_stop_sequence_takes_as_long_for_each_piece_of_a_long_answer():
@@ -523,6 +589,8 @@ def test_where_all_connections_are_busy_health_is_answered_still(small):
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},  # another port of this machine
         {"Origin": "http://localhost:3000"},
+        {"Origin": "http://["},
+        {"Origin": "http://[evil]"},
     ],
 )
 def test_what_a_page_of_another_origin_asks_is_refused(url, path, headers):
@@ -531,6 +599,40 @@ def test_what_a_page_of_another_origin_asks_is_refused(url, path, headers):
     reply = requests.post(url + path, body, headers=headers, timeout=LIMIT)
     assert reply.status_code == 403 and "--cors-origin" in reply.text
     assert ("error" in reply.json()) == (path in (V1, TEXT))
+
+
+def test_two_names_in_a_request_must_both_be_served(url):
+    head = b"GET /health HTTP/1.1\r\nHost: %s\r\nHost: %s\r\nConnection: close\r\n\r\n"
+    for hosts, status in (
+        ((b"localhost", b"evil.example"), b"403"),
+        ((b"evil.example", b"localhost"), b"403"),
+        ((b"localhost", b"127.0.0.1"), b"200"),
+    ):
+        with socket.create_connection(address_of(url), LIMIT) as line:
+            line.sendall(head % hosts)
+            assert line.recv(4096).split()[1] == status
+
+
+def test_where_ipv6_is_listened_on_a_rebound_name_is_not_served_over_ipv4():
+    scope = {"headers": [(b"host", b"evil.example")], "server": ("::ffff:127.0.0.1", 8000)}
+    assert not is_served(scope, [])
+    assert is_served({**scope, "server": ("::ffff:192.0.2.1", 8000)}, [])
+
+
+def test_a_path_of_thousands_of_folders_is_not_looked_up(monkeypatch):
+    monkeypatch.setattr("os.path.realpath", None)
+    assert PageFiles().lookup_path("a/" * 30_000) == ("", None)
+
+
+@pytest.mark.parametrize("path, place", [("/", "detail"), (V1, "error")])
+def test_a_fault_of_the_server_is_told_in_the_protocols_form(path, place):
+    refused = Counted("refused", "", ["status"], registry=None)
+    app = SimpleNamespace(state=SimpleNamespace(metrics=SimpleNamespace(refused=refused)))
+    request = Request({"type": "http", "path": path, "headers": [], "app": app})
+    handler = api.app.exception_handlers[Exception]
+    reply = asyncio.run(handler(request, ZeroDivisionError("secret")))
+    assert reply.status_code == 500 and place in json.loads(reply.body)
+    assert b"secret" not in reply.body
 
 
 def test_an_image_starts_no_answer(url):
@@ -548,7 +650,10 @@ def test_the_servers_own_page_and_scripts_notice_nothing(url, site):
     assert requests.get(url, headers=link, timeout=LIMIT).ok  # a link leads here from any page
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example"])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[", "[::1", "[evil]", "[::2]"],
+)
 @pytest.mark.parametrize("path", ["/health", "/", "/v1/models", "/docs"])
 def test_a_name_that_was_made_to_lead_here_is_not_served(url, path, host):
     reply = requests.get(url + path, headers={"Host": host}, timeout=LIMIT)
@@ -559,7 +664,8 @@ def test_a_name_that_was_made_to_lead_here_is_not_served(url, path, host):
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost:1", "127.0.0.1", "[::1]:8000", "a.localhost", "127.1.1.1"]
+    "host",
+    ["localhost:1", "127.0.0.1", "[::1]:8000", "a.localhost", "127.1.1.1", "[::ffff:127.0.0.1]"],
 )
 def test_the_names_of_this_machine_are_served(url, host):
     assert requests.get(url + "/health", headers={"Host": host}, timeout=LIMIT).status_code == 200
@@ -764,6 +870,19 @@ def test_a_time_limit_never_reaches_what_comes_after():
             stopped += 1
         sum(range(20_000))  # it would be raised here
     assert 0 < stopped
+
+
+def test_a_time_limit_that_strikes_on_the_way_out_of_the_block_ends_too():
+    """It is raised between two lines, and one of these may be contextlib's."""
+    limit = time_limit(0.001)
+    limit.__enter__()
+    with pytest.raises(TimeoutError):  # in place of `__exit__`, in which it would come
+        while True:
+            time.sleep(0.001)
+    closing = threading.Thread(target=limit.gen.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
 
 
 @pytest.mark.parametrize(

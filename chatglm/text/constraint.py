@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from chatglm.text.tokenizer import Tokenizer
 
 # What one step may take at most: a few milliseconds, for about 300 optional properties. The model's
-# thread has others to serve.
+# thread has others to serve. Alternatives of alternatives may become a grammar that is thousands of
+# times as large as the schema, and its first step holds the interpreter lock for seconds.
 LIMITS = llguidance.LLParserLimits(
-    step_lexer_fuel=50_000, step_max_items=60_000, verbose_errors=False
+    step_lexer_fuel=50_000, step_max_items=60_000, max_grammar_size=10_000, verbose_errors=False
 )
 CHARACTERS_A_TOKEN = 6  # of a grammar, for each token of an answer: a rough guess
 ENDS_AHEAD = 256  # tokens; so long before its limit, an answer is looked at
@@ -77,16 +78,23 @@ class GrammarCompiler:
             raise InvalidField(form.field, "cannot be kept to with --devices; leave it out")
         vocabulary, grammar = self.vocabulary(), form.grammar(self._tokenizer)
         matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=LIMITS)
-        # The first step of an object is the dearest, as a rule: it chooses among all properties.
-        trial = matcher.deep_copy()
-        trial.try_consume_tokens(vocabulary.tokenize_str('{"'))
-        trial.compute_bitmask()
-        if error := matcher.get_error() or trial.get_error():
+        if error := matcher.get_error() or self._try_out(matcher.deep_copy()):
             raise InvalidField(form.field, reason(error))
-        if begun and not matcher.consume_tokens(vocabulary.tokenize_str(begun)):
+        if begun and not consume(matcher, vocabulary.tokenize_str(begun)):
             raise InvalidField("messages", f"end with an answer that {form.field} does not allow")
         margin = LOOK_EVERY + min(ENDS_AHEAD // 4, len(grammar) // CHARACTERS_A_TOKEN)
         return Constraint(matcher, self._closers, self._vocab_size, margin)
+
+    def _try_out(self, matcher: llguidance.LLMatcher) -> str:
+        """What goes wrong in the first steps, if anything. The first step of an object is the
+        dearest, as a rule: it chooses among all properties."""
+        for token in [*self.vocabulary().tokenize_str('{"'), None]:
+            may_follow = biases_of([matcher], self._vocab_size)[0] == 0
+            if not may_follow.any():
+                return "nothing can be written that fits"
+            if token is None or not may_follow[token] or not consume(matcher, [token]):
+                break
+        return matcher.get_error()
 
     def vocabulary(self) -> llguidance.LLTokenizer:
         """Takes up to a second, once."""
@@ -114,6 +122,8 @@ class GrammarCompiler:
 def reason(error: str) -> str:
     """llguidance's own words, without its picture of the grammar."""
     first = error.partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
+    if "grammar size" in first:
+        first = "too many alternatives within each other"
     return f"cannot be served: {first[:200]}"
 
 
@@ -149,7 +159,7 @@ class Constraint:
         """Takes in `tokens`, the whole answer so far. `left` is how many more there may be."""
         if len(tokens) < self._consumed:  # after a pause, an answer goes on where it was reported
             self._restart()
-        self.matcher.consume_tokens(tokens[self._consumed :])
+        consume(self.matcher, tokens[self._consumed :])
         self._consumed = len(tokens)
         if left <= self._look_at and not self.is_cut:
             self._bring_to_end(left)
@@ -222,6 +232,11 @@ def biases_of(matchers: list[llguidance.LLMatcher], vocab_size: int) -> torch.Te
     places = [(matcher, row) for row, matcher in enumerate(matchers)]
     executor().unsafe_compute_mask_ptr(places, masks.data_ptr(), 4 * words, len(matchers))
     return BIASES[masks.view(torch.uint8).int()].flatten(1)[:, :vocab_size]
+
+
+def consume(matcher: llguidance.LLMatcher, tokens: list[int]) -> bool:
+    """Whether these tokens may follow. One by one: a call keeps the interpreter lock to its end."""
+    return all(matcher.consume_token(token) for token in tokens)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from chatglm.errors import InvalidField
 
@@ -118,14 +118,15 @@ def json_rule(schema: dict[str, Any], field: str, strict: bool) -> str:
     """A schema as a grammar has it. Raises InvalidField for what takes too long to understand."""
     for part in schemas_in(schema):
         values = [part.get("pattern"), part.get("const"), *listed(part.get("enum"))]
+        values += dict_of(part.get("patternProperties"))  # its keys
         if any(len(json.dumps(value)) > MAX_VALUE for value in values):
             raise InvalidField(field, f"has a value of more than {MAX_VALUE} characters")
-        merged, multiple = part.get("allOf"), part.get("multipleOf")
+        merged, multiple = part.get("allOf"), cast(Any, part.get("multipleOf"))
         if isinstance(merged, list) and len(merged) > 1:
             raise InvalidField(field, "has allOf with several schemas; write them as one")
         if "$ref" in part and not part.keys() <= BESIDE_REF:
             raise InvalidField(field, 'has other keywords beside "$ref"; write them as one schema')
-        if isinstance(multiple, (int, float)) and len_of_multiple(multiple) > MAX_MULTIPLE:
+        if type(multiple) in (int, float) and len_of_multiple(multiple) > MAX_MULTIPLE:
             raise InvalidField(field, f"has multipleOf {multiple}; leave it out")
     options = {"whitespace_pattern": WHITESPACE} | (
         {} if strict else {"lenient": True, "coerce_one_of": True}
@@ -138,6 +139,10 @@ def json_rule(schema: dict[str, Any], field: str, strict: bool) -> str:
 
 def listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def dict_of(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def schemas_in(schema: Any) -> Iterator[dict[str, Any]]:
@@ -184,7 +189,9 @@ def python_call(number: int, schema: dict[str, Any], tool: CallableTool) -> str:
     )
     if schema.keys() - rest or not isinstance(properties, dict) or not isinstance(required, list):
         return ""
-    if not all(name.isidentifier() for name in properties) or set(required) - properties.keys():
+    if not all(name.isidentifier() for name in properties):
+        return ""
+    if not all(isinstance(name, str) and name in properties for name in required):
         return ""
     if not all(isinstance(each, dict) for each in properties.values()):
         return ""

@@ -32,7 +32,8 @@ def time_limit(seconds: float) -> Iterator[None]:
     timer.start()
     try:
         yield
-    except TimeoutError:
+    # GeneratorExit: it has come between the block and here, and passed by this function.
+    except (TimeoutError, GeneratorExit):
         has_come = True
         raise
     finally:
