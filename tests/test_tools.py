@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import time
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from chatglm.engine.sequence import Chunk
+from chatglm.text.rounds import to_rounds
 from chatglm.text.template import TemplateTokenizer
 from chatglm.text.tokenizer import ChatGLMTokenizer
 from chatglm.text.tools import INTRODUCTION, declare, may_be_call, read_call, tool_names, write_call
@@ -110,6 +112,113 @@ def test_what_is_no_plain_call_stays_text_and_nothing_is_run(code, tmp_path):
 )
 def test_only_a_declared_name_with_arguments_is_a_call(raw):
     assert read_call(raw, ["get_weather"]) is None
+
+
+def python_call(code: str) -> str:
+    return f"f\n ```python\ntool_call({code})\n```"
+
+
+def cpu_time(function, *args) -> float:
+    """The least of some tries: what else the machine does can only add to it."""
+    times = []
+    for _ in range(5):
+        begin = time.thread_time()
+        function(*args)
+        times.append(time.thread_time() - begin)
+    return min(times)
+
+
+HOSTILE = {
+    "keywords": lambda n: python_call(",\n".join(["a=1"] * (n // 8))),
+    "keywords on a line": lambda n: python_call(",".join(["a=''"] * (n // 8))),
+    "empty lines": lambda n: python_call("\n" * n + ",\n".join(["a=''"] * (n // 100))),
+    "a list": lambda n: python_call("a=[" + "1," * n + "]"),
+    "an f-string": lambda n: python_call("a=f'" + "{1}" * n + "'"),
+    "a string without an end": lambda n: python_call("a='" + r"\'" * n),
+    "strings without an end": lambda n: python_call("a=" + r"\'''" * n),
+    "escapes": lambda n: python_call("a='" + r"\n" * n + "'"),
+    "spaces": lambda n: python_call("a=" + " " * n + "1"),
+    "comments": lambda n: python_call("#'\n" * n + "a=1"),
+    "brackets": lambda n: python_call("a=" + "[" * n + "]" * n),
+    "JSON": lambda n: 'f\n{"a":[' + "1," * n + "1]}",
+    "JSON in lists": lambda n: 'f\n{"a":' + "[" * n + "]" * n + "}",
+}
+
+
+@pytest.mark.parametrize("write", HOSTILE.values(), ids=HOSTILE)
+def test_reading_a_call_takes_time_in_proportion_to_its_length_at_most(write):
+    short, long = (cpu_time(read_call, write(n), ["f"]) for n in (2_000, 16_000))
+    assert long < 24 * max(short, 0.0005)  # eight times the length; the square would be 64
+
+
+@pytest.fixture(scope="module")
+def time_for_json():
+    return cpu_time(json.loads, "[" + "[1]," * 100_000 + "1]")  # a request may hold as much
+
+
+@pytest.mark.parametrize("write", HOSTILE.values(), ids=HOSTILE)
+def test_the_longest_call_is_read_as_quickly_as_some_json(write, time_for_json):
+    assert cpu_time(read_call, write(32_000), ["f"]) < 2 * time_for_json
+
+
+@pytest.mark.parametrize("quote", [repr, json.dumps, "r'''{}'''".format])
+def test_a_file_of_many_kilobytes_may_be_an_argument(quote):
+    text = "it's 北京: {\n\t\"a\": f'1'}\\\n" * 1500
+    call = read_call(python_call(f"path='a.txt', text={quote(text)}, é=1"), ["f"])
+    assert json.loads(call.arguments) == {"path": "a.txt", "text": text, "é": 1}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        python_call(r"a='\ud800'"),
+        python_call("a='\ud800'"),
+        python_call(r"a={'\udfff': 1}"),
+        python_call("a='\0'"),
+        python_call("a=" + "1" * 5000),
+        python_call("a=0x" + "f" * 5000),
+        python_call("a=" + "[" * 100 + "]" * 100),
+        python_call("a='" + "a" * 2**16 + "'"),
+        'f\n{"a": "\\ud800"}',
+        'f\n{"a": "\ud800", "a": 1}',
+        'f\n{"a": 1e999}',
+        'f\n{"a": NaN, "a": 1}',
+        'f\n{"a": ' + "1" * 5000 + "}",
+        'f\n{"a": ' + "[" * 100 + "]" * 100 + "}",
+    ],
+)
+def test_what_could_not_be_written_in_an_answer_is_no_call(raw):
+    assert read_call(raw, ["f"]) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "value"),
+    [
+        ("'北京'", "北京"),
+        (r'"é\/"', "é/"),  # JSON
+        (r'"\ud83d\ude00"', "😀"),
+        ("[1,\r\n true]", [1, True]),
+        ("[1,\r True]", [1, True]),
+        ("'''x\r\n'y'''", "x\n'y"),
+        (r"r'\'\n'", r"\'\n"),
+        ("'a' # it's\n \"b\"", "ab"),
+        ("(1, -2, 0x10, 1.5e-3)", [1, -2, 16, 0.0015]),
+        ("[" * 99 + "]" * 99, json.loads("[" * 99 + "]" * 99)),
+    ],
+)
+def test_a_value_is_json_or_any_python_literal_that_json_has(code, value):
+    call = read_call(python_call(f"\r\n é='é',\r b=1, a={code},\n c=2"), ["f"])
+    assert json.loads(call.arguments) == {"é": "é", "b": 1, "a": value, "c": 2}
+
+
+def test_many_messages_of_one_side_are_joined_in_linear_time():
+    def conversation(n):
+        answers = [{"role": "assistant", "content": "a" * 100}] * n
+        return [{"role": "user", "content": "b"}, *answers]
+
+    short, long = (cpu_time(to_rounds, conversation(n), "\n") for n in (1_000, 8_000))
+    assert long < 24 * max(short, 0.0002)  # eight times the length; the square would be 64
+    assert to_rounds(conversation(3), "|") == [("b", "|".join(["a" * 100] * 3))]
 
 
 def test_text_streams_while_tools_are_offered_and_a_call_comes_whole():

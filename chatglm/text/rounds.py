@@ -12,20 +12,24 @@ def to_rounds(messages: list[dict], between: str) -> list[tuple[str, str]]:
     >>> to_rounds([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], " ")
     [('a b', '')]
     """
-    rounds: list[tuple[str, str]] = []
-    preface = ""
+    # Joined at the end: a text that grows message by message would be copied each time.
+    rounds: list[tuple[str, list[str]]] = []
+    preface: list[str] = []
     for message in messages:
         role, content = message["role"], message["content"]
         if message.get("tools") or message.get("metadata"):
             raise ValueError("this chat format has no tools: leave out tools and their calls")
         if role == "system":
-            preface += content + between if content else ""
+            preface += [content, between] if content else []
         elif role == "user":
-            rounds.append((preface + content, ""))
-            preface = ""
+            rounds.append(("".join([*preface, content]), []))
+            preface = []
         elif role == "assistant" and rounds:
-            question, answer = rounds[-1]
-            rounds[-1] = (question, answer + between + content if answer else content)
+            answer = rounds[-1][1]
+            if answer:
+                answer += [between, content]
+            elif content:
+                answer.append(content)
         else:
             raise ValueError(
                 f"role {role!a} has no place here: this chat format has system, user and "
@@ -36,4 +40,4 @@ def to_rounds(messages: list[dict], between: str) -> list[tuple[str, str]]:
             "role 'system' must come before a user message: this chat format has no other place "
             "for what it says"
         )
-    return rounds
+    return [(question, "".join(answer)) for question, answer in rounds]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -26,7 +27,18 @@ INTRODUCTION = (
 )
 
 
-MAX_CALL = 100_000  # characters; a longer call stays text, or reading it would hold all others up
+# A call beyond these limits stays text: reading it would hold all others up.
+MAX_CALL = 2**16  # characters; a file's contents may be an argument
+MAX_TOKENS = 3000  # of Python, whose parser takes its time for each; a whole string is one
+MAX_DEPTH = 100  # lists and objects within each other, as in requests
+
+# One token of Python, or a part of one, and the space behind it. `refused` is a quote that begins
+# an f-string, in which more code may stand, or a string that does not end.
+TOKEN = re.compile(
+    r"""(?:[bru]{0,2}(?:('{3}|"{3})(?:[^\\]|\\.)*?\1|(?!'{3}|"{3})(['"])(?:[^\\\n]|\\.)*?\2)"""
+    r"""|(?P<refused>\w{0,2}['"])|\#[^\n]*|\d\w*(?:\.\d\w*)?|\w+|[^\w\s])\s*""",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 class ToolCall(NamedTuple):
@@ -68,11 +80,13 @@ def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
     name, content = last_message(raw)
     if name not in names or len(content) > MAX_CALL:
         return None
+    is_python = content.startswith("```")
     try:
-        if content.startswith("```"):
-            content = json.dumps(parse_python(content), ensure_ascii=False, allow_nan=False)
-        arguments = json.loads(content, parse_constant=int)  # raises for NaN
-        return ToolCall(name, content) if isinstance(arguments, dict) else None
+        # `parse_constant` raises for NaN.
+        arguments = parse_python(content) if is_python else json.loads(content, parse_constant=int)
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        # Raises for an unpaired surrogate, which an escape in the content may stand for.
+        (content + written).encode()
     except (
         ValueError,
         TypeError,
@@ -81,6 +95,19 @@ def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
         MemoryError,
     ):  # ast raises any of these
         return None
+    if not isinstance(arguments, dict) or is_deep(arguments):
+        return None
+    return ToolCall(name, written if is_python else content)
+
+
+def is_deep(value: object) -> bool:
+    """Whether it is nested so deeply that writing it in an answer might fail."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inside: list[Iterable] = [each for each in level if isinstance(each, (list, tuple))]
+        inside += [each.values() for each in level if isinstance(each, dict)]
+        level = [entry for each in inside for entry in each]
+    return any(isinstance(each, (list, tuple, dict)) for each in level)
 
 
 def last_message(raw: str) -> tuple[str, str]:
@@ -92,7 +119,8 @@ def last_message(raw: str) -> tuple[str, str]:
 def parse_python(block: str) -> dict:
     """Keyword arguments of `tool_call(…)` in a fenced block; only literals count as values."""
     _, _, code = block.removesuffix("```").partition("\n")  # after ```python
-    code = code.strip()
+    code = code.strip().replace("\r\n", "\n").replace("\r", "\n")  # as the parser reads them
+    check_tokens(code)
     call = ast.parse(code, mode="eval").body
     if not (
         isinstance(call, ast.Call)
@@ -101,16 +129,35 @@ def parse_python(block: str) -> dict:
         and not call.args
     ):
         raise ValueError("not of the form tool_call(key=value, …)")
-    arguments = {keyword.arg: parse_value(code, keyword.value) for keyword in call.keywords}
-    if None in arguments:
-        raise ValueError("**arguments have no names")
+    source = code.encode()  # the parser counts bytes, within a line
+    starts = [0, *(newline.end() for newline in re.finditer(b"\n", source))]
+    arguments = {}
+    for keyword in call.keywords:
+        if keyword.arg is None:
+            raise ValueError("**arguments have no names")
+        written = source_of(keyword.value, source, starts)
+        arguments[keyword.arg] = parse_value(written, keyword.value)
     return arguments
 
 
-def parse_value(code: str, node: ast.expr) -> object:
+def check_tokens(code: str) -> None:
+    """Raises ValueError for code that takes long to parse, or that is surely no plain call."""
+    for number, token in enumerate(TOKEN.finditer(code)):
+        if token["refused"] or number == MAX_TOKENS:
+            raise ValueError("an f-string, a string without an end, or too many tokens")
+
+
+def source_of(node: ast.expr, source: bytes, starts: list[int]) -> bytes:
+    """What a value was parsed from. `ast` has this too, but takes all lines apart each time."""
+    assert node.end_lineno is not None and node.end_col_offset is not None
+    begin = starts[node.lineno - 1] + node.col_offset
+    return source[begin : starts[node.end_lineno - 1] + node.end_col_offset]
+
+
+def parse_value(written: bytes, node: ast.expr) -> object:
     """JSON, which an answer of a given form has, or a Python literal."""
     with suppress(ValueError):
-        return json.loads(ast.get_source_segment(code, node) or "")
+        return json.loads(written.decode())
     return ast.literal_eval(node)
 
 
