@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -158,6 +159,7 @@ def read_template(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             continue
+        template: Any
         if file.suffix == ".jinja":
             template = file.read_text("utf-8", errors="replace")
         else:
