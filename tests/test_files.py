@@ -4,11 +4,13 @@ import json
 import os
 import re
 import shutil
+import struct
 
 import pytest
 import torch
 
 import chatglm
+from chatglm.errors import preview
 from tests.original import (
     GOLDEN,
     golden,
@@ -103,6 +105,125 @@ def test_a_native_config_in_utf16_is_read(tmp_path):
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_bytes(text.encode("utf-16"))
     assert load(tmp_path)[1].config.hidden_size == 32
+
+
+# What a stranger may have written. Each of these must end in one line that names the file.
+
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+
+
+@pytest.mark.parametrize("text", [DEEP, "[" * 100_000, '{"a": ' + "[" * 500 + "]" * 500 + "}"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_json_that_is_nested_deeply_is_named(folder, name, text):
+    (folder / name).write_text(text)
+    refused(folder, re.escape(name), "nested")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("pad_token_id", "x"),
+        ("eos_token_id", [[2]]),
+        ("eos_token_id", 10**30),
+        ("torch_dtype", ["float16"]),
+        ("_name_or_path", 5),
+        ("model_type", ["chatglm"]),
+        ("model_type", "\ud800" * 10**6),
+        ("tie_word_embeddings", {}),
+        ("rope_ratio", float("nan")),
+        ("rope_ratio", 10**400),
+        ("layernorm_epsilon", float("inf")),
+        ("num_layers", 10**400),
+        ("quantization_bit", 4.5),
+    ],
+    ids=lambda value: preview(value)[:20].encode("ascii", "backslashreplace").decode(),
+)
+def test_a_field_of_a_wrong_type_is_named(folder, field, value):
+    write_json(folder / "config.json", golden_config() | {field: value})
+    refused(folder, "config.json", field)
+
+
+@pytest.mark.parametrize("field, value", [("name_or_path", ["x"]), ("chat_template", 5)])
+def test_a_field_of_a_wrong_type_in_a_tokenizer_is_named(folder, field, value):
+    write_json(folder / "tokenizer_config.json", {field: value})
+    refused(folder, r"tokenizer_config\.json", field)
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize("content", [3, ["x"], DEEP])
+def test_a_tokenizer_file_that_is_no_object_is_named(folder, name, content):
+    (folder / name).write_text(content if content is DEEP else json.dumps(content))
+    refused(folder, re.escape(name))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("generation_config.json", []),
+        ("generation_config.json", {"eos_token_id": "x"}),
+        ("config.json", {"dtype": []}),
+        ("config.json", {"attention_bias": "x"}),
+        ("config.json", {"hidden_act": "x"}),
+        ("tokenizer_config.json", {"added_tokens_decoder": 5}),
+        ("tokenizer_config.json", {"chat_template": [5]}),
+        ("tokenizer.json", {"model": 5}),
+    ],
+)
+def test_a_wrong_type_in_a_native_checkpoint_is_told(tmp_path, name, content):
+    native(tmp_path)
+    if isinstance(content, dict) and (tmp_path / name).is_file():
+        content = json.loads((tmp_path / name).read_text("utf-8")) | content
+    write_json(tmp_path / name, content)
+    refused(tmp_path, re.escape(name.split("_")[0].removesuffix(".json")))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": [-1, 4]},
+        {"shape": [2**63, 2]},
+        {"data_offsets": [-8, 4]},
+        {"data_offsets": [0, float("inf")]},
+        {"data_offsets": "x"},
+        {"dtype": ["F32"]},
+        {"dtype": "F99"},
+    ],
+)
+def test_a_header_that_cannot_be_is_named(folder, changes):
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    [length] = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    next(entry for name, entry in header.items() if name != "__metadata__").update(changes)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    refused(folder, r"model\.safetensors", "damaged")
+
+
+@pytest.mark.parametrize("depth", [200, 100_000])
+def test_a_header_that_is_nested_deeply_is_named(folder, depth):
+    text = ('{"a":' * depth + "1" + "}" * depth).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    refused(folder, r"model\.safetensors", "damaged")
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        ["model.safetensors"],
+        *({"a": name} for name in ("../x.safetensors", "/etc/passwd", "C:\\x", "a\0", "\ud800", 5)),
+    ],
+)
+def test_an_index_that_names_no_files_beside_it_is_named(tmp_path, weight_map):
+    publish(tmp_path, golden_config(), golden_state(), shards=3)
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
+    refused(tmp_path, r"model\.safetensors\.index\.json", "weight_map")
+
+
+def test_a_name_that_counts_too_many_shards_is_not_believed(tmp_path):
+    [file] = publish(tmp_path, golden_config(), golden_state())
+    file.rename(tmp_path / "model-1-of-99999999999999.safetensors")
+    refused(tmp_path, "no weights")
 
 
 # Weights

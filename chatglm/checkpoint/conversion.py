@@ -14,7 +14,9 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
 from chatglm.checkpoint.chatglm1 import ChatGLM1Config
+from chatglm.checkpoint.fields import is_number
 from chatglm.engine.cpu_glm import FusedGlmMixin
+from chatglm.errors import preview
 
 ROPE_BASE = 10000.0  # of the rotary embedding
 
@@ -97,7 +99,7 @@ def translate_config(published: dict, where: str, chat_format: str = "chatglm3")
     for field, wanted in FIXED_SETTINGS.items():
         if published.get(field, wanted) != wanted:
             raise ValueError(
-                f"{where}: {field} is {published[field]}, but only {wanted} can be "
+                f"{where}: {field} is {preview(published[field])}, but only {wanted} can be "
                 "served (every published ChatGLM2 and ChatGLM3 has that)"
             )
     check_groups(published, where)
@@ -136,22 +138,19 @@ def check_fields(published: dict, fields: Iterable[str], where: str) -> None:
     for field in fields:
         value = published[field]
         kinds = {"layernorm_epsilon": (int, float), "add_qkv_bias": (bool,)}.get(field, (int,))
-        if type(value) not in kinds or (field != "add_qkv_bias" and value <= 0):
+        if type(value) not in kinds or (field != "add_qkv_bias" and not is_number(value)):
             wanted = "true or false" if field == "add_qkv_bias" else "a number over 0"
-            raise ValueError(f"{where}: {field} must be {wanted}, not {value!a}")
+            raise ValueError(f"{where}: {field} must be {wanted}, not {preview(value)}")
 
 
 def check_groups(published: dict, where: str) -> None:
-    """Raises ValueError for heads that no division into groups fits, and for a bad rope_ratio."""
+    """Raises ValueError for heads that no division into groups fits."""
     heads, groups = published["num_attention_heads"], published["multi_query_group_num"]
     if heads % groups:
         raise ValueError(
             f"{where}: num_attention_heads {heads} cannot be divided among "
             f"multi_query_group_num {groups}"
         )
-    ratio = published.get("rope_ratio", 1)
-    if type(ratio) not in (int, float) or ratio <= 0:
-        raise ValueError(f"{where}: rope_ratio must be a number over 0, not {ratio!a}")
 
 
 def translate_chatglm1_config(

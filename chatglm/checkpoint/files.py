@@ -8,6 +8,7 @@ import struct
 import zipfile
 from pathlib import Path
 
+from chatglm.checkpoint.fields import DEEPEST, check_content
 from chatglm.checkpoint.hubs import download, is_hub_id
 from chatglm.errors import preview
 
@@ -41,7 +42,8 @@ def read_config(folder: Path) -> dict:
         published = read_json(folder / "config.json")
         return {field: value for field, value in published.items() if value is not None}
     if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+        named = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+        base = named if named.isprintable() and named else "BASE"
         raise ValueError(
             f"{folder} is an adapter, not a model: pass the model that it was trained on, and "
             f"this as its adapter (--model {base} --adapter {folder})"
@@ -51,13 +53,14 @@ def read_config(folder: Path) -> dict:
 
 def read_json(file: Path) -> dict:
     """The object in a JSON file, in UTF-8, -16 or -32, with a byte order mark or without. Raises
-    ValueError, naming the file, if it holds anything else."""
+    ValueError, naming the file, if it holds anything else, or a field that cannot be."""
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}; download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {preview(content)}; get it again")
+    except RecursionError as error:
+        raise ValueError(f"{file} is nested over {DEEPEST} deep; download it again") from error
+    check_content(content, file)
     return content
 
 
@@ -69,10 +72,7 @@ def check_weights(folder: Path) -> list[Path]:
     elif found.suffix != ".json":
         shards = [found]
     else:
-        weight_map = read_json(found).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{found} has no weight_map; download it again")
-        shards = [folder / str(name) for name in sorted(set(weight_map.values()), key=str)]
+        shards = indexed_shards(found)
     for shard in shards:
         if not shard.is_file():
             raise ValueError(f"{shard} is missing; download it again")
@@ -84,12 +84,27 @@ def check_weights(folder: Path) -> list[Path]:
     return shards
 
 
+def indexed_shards(index: Path) -> list[Path]:
+    """The files that an index names. Raises ValueError if it names none, or one elsewhere."""
+    weight_map = read_json(index).get("weight_map")
+    if not weight_map:
+        raise ValueError(f"{index} has no weight_map; download it again")
+    for name in weight_map.values():
+        # No slash, no drive, no control character: only what lies beside the index is read.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w .+-]{1,200}", name):
+            raise ValueError(
+                f"{index}: weight_map must name files beside it, not {preview(name)}; "
+                "download it again"
+            )
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
+
+
 def find_shards(folder: Path) -> list[Path]:
     """All shards, present or not, of a checkpoint whose index is missing: their names count them.
     Raises ValueError if there are none."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         for shard in sorted(folder.glob(f"{stem}-*-of-*.{suffix}")):
-            if counted := re.fullmatch(rf"{stem}-(\d+)-of-(\d+)\.{suffix}", shard.name):
+            if counted := re.fullmatch(rf"{stem}-(\d{{1,5}})-of-(\d{{1,5}})\.{suffix}", shard.name):
                 digits, count = len(counted[1]), counted[2]
                 return [
                     folder / f"{stem}-{number:0{digits}}-of-{count}.{suffix}"
@@ -109,8 +124,10 @@ def is_whole(shard: Path) -> bool:
             header = json.loads(file.read(length)) if length < min(size, MAX_HEADER) else {}
             entries = [entry for name, entry in header.items() if name != "__metadata__"]
             ends = [int(entry["data_offsets"][1]) for entry in entries]
-        # What is no JSON, or JSON of another form.
-        except (struct.error, ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        # What is no JSON, or JSON of another form; no int can be made of Infinity.
+        except (struct.error, ValueError, TypeError, AttributeError, LookupError):
+            return False
+        except (RecursionError, OverflowError):
             return False
     return bool(ends) and size == 8 + length + max(ends)
 

@@ -25,6 +25,7 @@ from chatglm.checkpoint.conversion import (
     translate_config,
 )
 from chatglm.checkpoint.cpu_quantizer import CpuQuantizationConfig
+from chatglm.checkpoint.fields import blaming
 from chatglm.checkpoint.files import check_weights, find_folder, read_config, read_json
 from chatglm.checkpoint.lora import find_adapter_weights, merge_lora
 from chatglm.checkpoint.memory import check_memory
@@ -38,6 +39,7 @@ from chatglm.checkpoint.quantize import (
 from chatglm.checkpoint.tensors import Tensors, open_tensors, stored_dtype, unpack
 from chatglm.checkpoint.tokenizers import load_template_tokenizer, load_tokenizer
 from chatglm.engine.cpu_glm import FusedGlmMixin
+from chatglm.errors import preview
 from chatglm.generate import ChatMixin
 from chatglm.hardware.device import pick_device, pick_dtype
 from chatglm.hardware.tensor_parallel import check_devices, launch
@@ -81,7 +83,8 @@ def load(
     model_class: type[PreTrainedModel]
     if published.get("model_type") == "chatglm":
         tokenizer = load_tokenizer(folder, published, chat_format)
-        config, model_class = choose_network(published, str(folder), tokenizer)
+        where = str(folder / "config.json")
+        config, model_class = choose_network(published, where, tokenizer)
         if is_shrunk(published):
             config.quantization_config = published["quantization_config"]
     else:
@@ -168,16 +171,14 @@ def refuse_unservable(published: dict, folder: Path) -> None:
         or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING
     ):
         raise ValueError(
-            f"{folder}: model_type {model_type!a} is not a language model of the "
-            "installed transformers; ChatGLM2, ChatGLM3 and GLM-4 (-hf, 0414) are"
+            f"{folder / 'config.json'}: model_type {preview(model_type)} is not a language model "
+            "of the installed transformers; ChatGLM2, ChatGLM3 and GLM-4 (-hf, 0414) are"
         )
 
 
 def load_native_config(published: dict, folder: Path) -> PretrainedConfig:
-    try:
+    with blaming(f"{folder}: its config.json cannot be used"):
         return CONFIG_MAPPING[published["model_type"]].from_dict(published)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder}: its config.json cannot be used ({error})") from error
 
 
 # 2. Onto the device
@@ -210,24 +211,21 @@ def load_weights(
         else {"distributed_config": DistributedConfig(tp_size=devices)}
     )
     for_cpu = quantization if isinstance(quantization, CpuQuantizationConfig) else None
+    is_small = hasattr(config, "quantization_config")  # already in the files
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # its report of a mismatch is pages long; ours follows
     try:
-        model, report = chatting.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            dtype=stored_dtype(tensors) if for_cpu else dtype,
-            **place,
-            ignore_mismatched_sizes=True,
-            quantization_config=None if hasattr(config, "quantization_config") else quantization,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{folder}: the weights and config.json are not of the same model "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+        with blaming(f"{folder}: the weights and config.json are not of the same model"):
+            model, report = chatting.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=stored_dtype(tensors) if for_cpu else dtype,
+                **place,
+                ignore_mismatched_sizes=True,
+                quantization_config=None if is_small else quantization,
+                output_loading_info=True,
+            )
     finally:
         logging.set_verbosity(verbosity)
     report["mismatched_keys"] |= set(wrong_shapes(model))

@@ -15,6 +15,7 @@ import torch
 
 from chatglm.checkpoint.files import how_to_get, is_whole, read_json
 from chatglm.checkpoint.tensors import Computed, Readable, Tensors, open_tensors, shape_of
+from chatglm.errors import preview
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Ways to begin that change the base's weights as well, so that the published base does not fit.
@@ -58,20 +59,20 @@ def read_settings(folder: Path) -> dict:
     settings = read_json(folder / "adapter_config.json")
     kind, begun = settings.get("peft_type"), str(settings.get("init_lora_weights")).lower()
     if kind != "LORA":
-        raise ValueError(f"{folder}: peft_type {kind!a} is not served; LORA and PREFIX_TUNING are")
+        raise ValueError(
+            f"{folder}: peft_type {preview(kind)} is not served; LORA and PREFIX_TUNING are"
+        )
     for field in UNSERVED:
         if settings.get(field):
-            raise ValueError(f"{folder}: {field} {settings[field]!a} is not served")
+            raise ValueError(f"{folder}: {field} {preview(settings[field])} is not served")
     if begun.startswith(OTHER_BASES):
         raise ValueError(
-            f"{folder}: init_lora_weights {begun!a} has changed the base's weights too; have peft "
-            "save it as an ordinary LoRA (path_initial_model_for_weight_conversion)"
+            f"{folder}: init_lora_weights {preview(begun)} has changed the base's weights too; "
+            "have peft save it as an ordinary LoRA (path_initial_model_for_weight_conversion)"
         )
     for field in ("r", "lora_alpha"):
-        if type(settings.get(field)) not in (int, float) or settings[field] <= 0:
-            raise ValueError(
-                f"{folder}: {field} must be a number over 0, not {settings.get(field)!a}"
-            )
+        if settings.get(field) is None:
+            raise ValueError(f"{folder}: {field} must be a number over 0, not None")
     return settings
 
 
@@ -109,7 +110,7 @@ def check_fit(
     expected = shape_of(base)
     if "whole" in parts:
         found = shapes["whole"]
-    elif {"lora_A", "lora_B"} <= set(parts):
+    elif {"lora_A", "lora_B"} <= set(parts) and len(shapes["lora_A"]) == len(shapes["lora_B"]) == 2:
         found = [shapes["lora_B"][0], shapes["lora_A"][1]]
         if settings.get("fan_in_fan_out"):
             found.reverse()

@@ -8,6 +8,7 @@ from contextlib import suppress
 import torch
 
 from chatglm.checkpoint.cpu_quantizer import replace_matrices
+from chatglm.checkpoint.fields import blaming
 from chatglm.checkpoint.quantize import BLOCK, KINDS, SCALES
 from chatglm.hardware.cpu_linear import PackedLinear
 from chatglm.hardware.device import GIB, free_memory
@@ -32,12 +33,9 @@ def check_memory(
     check_sizes(config)
 
     def needed(kind: str | None, dtype: torch.dtype) -> int:
-        try:
-            with torch.device("meta"):  # shapes only, nothing is allocated
-                skeleton = model_class(config)
-        except (RuntimeError, TypeError, ArithmeticError, IndexError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"no network has the sizes in config.json: {reason}") from error
+        # On "meta" there are shapes only, and nothing is allocated.
+        with blaming("no network has the sizes in config.json"), torch.device("meta"):
+            skeleton = model_class(config)
         if devices == 1:
             return needed_bytes(skeleton, kind, dtype, device)
         check_divisible(skeleton, devices)

@@ -40,7 +40,7 @@ def compute_rows(parts: Tensors, where: Path) -> torch.Tensor:
                 for i in (0, 2)
             )
             rows = linear(torch.tanh(linear(rows, *first)), *second)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{where}: its P-Tuning prefix is not whole ({error})") from error
     return rows
 

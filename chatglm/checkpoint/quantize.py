@@ -17,6 +17,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from chatglm.checkpoint.cpu_quantizer import METHOD, VERSION, CpuQuantizationConfig
+from chatglm.errors import preview
 from chatglm.hardware.cpu_linear import PackedLinear
 
 KINDS = ("int8", "int4")
@@ -53,7 +54,7 @@ def quantize_as_stored(quantize: str | None, published: dict, folder: Path) -> s
     stored = published["quantization_config"]
     if stored.get("version") != VERSION or stored.get("kind") not in KINDS:
         raise ValueError(
-            f"{folder} was made small by another version of this program ({stored}); "
+            f"{folder} was made small by another version of this program ({preview(stored)}); "
             "make it again with python -m chatglm.checkpoint.shrink"
         )
     if quantize not in (None, stored["kind"]):

@@ -13,9 +13,10 @@ from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import load_state_dict
 
+from chatglm.checkpoint.fields import reason
 from chatglm.checkpoint.files import how_to_get
 
 
@@ -79,8 +80,12 @@ def open_tensors(files: list[Path]) -> Tensors:
 
 def open_safetensors(file: Path) -> Tensors:
     # By position: through a memory map, the whole file counts as this process's memory in the end.
-    opened = safe_open(file, framework="pt", backend="pread")
-    return {name: opened.get_slice(name) for name in opened.keys()}
+    try:
+        opened = safe_open(file, framework="pt", backend="pread")
+        return {name: opened.get_slice(name) for name in opened.keys()}
+    except SafetensorError as error:
+        advice = how_to_get(file)
+        raise ValueError(f"{file} is damaged ({reason(error)}); {advice}") from error
 
 
 def open_bin(file: Path) -> Tensors:
@@ -92,7 +97,7 @@ def open_bin(file: Path) -> Tensors:
             f"{file} holds more than tensors, perhaps code, and is not read; use the "
             "model's safetensors files"
         ) from error
-    except (EOFError, RuntimeError, ValueError) as error:
+    except Exception as error:  # the loader follows a stranger's instructions into anything
         raise ValueError(f"{file} is cut off or damaged; {how_to_get(file)}") from error
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ValueError(f"{file} is not a checkpoint: it must hold tensors by name, nothing else")
@@ -106,6 +111,8 @@ def unpack(tensors: Tensors, bits: int) -> Tensors:
     replaced = {*packed, *(f"{name}_scale" for name in packed)}
     full = {name: tensor for name, tensor in tensors.items() if name not in replaced}
     for name in packed:
+        if len(shape_of(tensors[name])) != 2:
+            raise ValueError(f"{name} has {bits} bits and a scale, but is no matrix")
         full[name] = unpacked(tensors[name], tensors[f"{name}_scale"], bits)
     return full
 

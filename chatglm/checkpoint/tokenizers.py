@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from chatglm.checkpoint.fields import blaming
 from chatglm.checkpoint.files import how_to_get, read_json
 from chatglm.text.chatglm1 import ChatGLM1Tokenizer
 from chatglm.text.glm4 import glm4_tokenizer
@@ -146,8 +148,9 @@ def load_glm4_tokenizer(
         raise ValueError(f"{file} is not a vocabulary of GLM-4: {error}; {advice}") from error
     is_first_form = template is None or "def apply_chat_template" in read_code(folder)
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
-    stops = collect_stops(folder, ends, published.get("eos_token_id"))
-    return TemplateTokenizer(tokenizer, stops, encodes_apart=is_first_form)
+    stops = collect_stops(folder, len(tokenizer), ends, published.get("eos_token_id"))
+    with blaming(f"{folder}: its tokenizer cannot be used with its chat_template"):
+        return TemplateTokenizer(tokenizer, stops, encodes_apart=is_first_form)
 
 
 def read_template(folder: Path) -> str | None:
@@ -156,8 +159,11 @@ def read_template(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             continue
-        text = file.read_text("utf-8") if file.suffix == ".jinja" else read_json(file)
-        template = text.get("chat_template") if isinstance(text, dict) else text
+        template: Any
+        if file.suffix == ".jinja":
+            template = file.read_text("utf-8", errors="replace")
+        else:
+            template = read_json(file).get("chat_template")
         if isinstance(template, list):  # several by name, such as for tools
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
         if template:
@@ -165,12 +171,16 @@ def read_template(folder: Path) -> str | None:
     return None
 
 
-def collect_stops(folder: Path, *found) -> list[int]:
-    """Ids that end an answer, of every place that names one."""
+def collect_stops(folder: Path, vocab_size: int, *found) -> list[int]:
+    """Ids that end an answer, of every place that names one. Raises ValueError if none does."""
     generation = read_optional(folder / "generation_config.json")
     stops = [*found, generation.get("eos_token_id")]
     lists = [stop if isinstance(stop, list) else [stop] for stop in stops if stop is not None]
-    return sorted(set().union(*lists))
+    # The batch is filled up with the first of them, so each must be one of the network's.
+    ids = sorted({i for some in lists for i in some if 0 <= i < vocab_size})
+    if not ids:
+        raise ValueError(f"{folder}: no file names an eos_token_id, the token that ends an answer")
+    return ids
 
 
 def load_template_tokenizer(folder: Path, config, chat_format: str | None) -> TemplateTokenizer:
@@ -181,14 +191,13 @@ def load_template_tokenizer(folder: Path, config, chat_format: str | None) -> Te
         )
     own_code = "auto_map" in read_optional(folder / "tokenizer_config.json")
     source = PreTrainedTokenizerFast if own_code else AutoTokenizer
-    try:
+    with blaming(f"{folder}: its tokenizer.json and tokenizer_config.json make no tokenizer"):
         tokenizer = source.from_pretrained(folder, config=config, local_files_only=True)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({error})") from error
     if not tokenizer.chat_template:
         raise ValueError(
             f"{folder} has no chat template: a base model, not trained to chat. "
             "Use its chat or instruct version"
         )
-    stops = collect_stops(folder, config.eos_token_id, tokenizer.eos_token_id)
-    return TemplateTokenizer(tokenizer, stops)
+    stops = collect_stops(folder, len(tokenizer), config.eos_token_id, tokenizer.eos_token_id)
+    with blaming(f"{folder}: its tokenizer cannot be used with its chat_template"):
+        return TemplateTokenizer(tokenizer, stops)
