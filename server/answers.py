@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from chatglm import Chunk
 from chatglm.errors import AnswerEnded
 from chatglm.sampling import TokenLogprob
+from chatglm.text.detokenizer import REPLACEMENT
 from chatglm.text.tools import (
     ToolCall,
     last_message,
@@ -61,19 +62,20 @@ async def until_stop(
 def shown_logprobs(logprobs: list[TokenLogprob], hidden: str, tokenizer: Any) -> list[TokenLogprob]:
     """Without those of the tokens that have nothing but the end of the text, which is `hidden`.
     White space at its end does not count: until more follows, a chunk's text lacks it."""
+    count, length = len(logprobs), 0.0
     if not hidden:
         return logprobs
-    most, length = len(logprobs), len(hidden.rstrip())
-
-    def is_hidden(number: int) -> bool:
-        text = text_of(tokenizer, [each.token for each in logprobs[number:]])
-        return len(text.rstrip()) <= length
-
-    # The longest stop sequence may hide hundreds of tokens, each of them in every chunk.
-    begin = most
-    while begin and is_hidden(begin):
-        begin = max(0, 2 * begin - most - 1)
-    return logprobs[: begin + bisect_left(range(begin, most), True, key=is_hidden)]
+    # Token by token, of which each was decoded once: a stop sequence, or white space, may hide
+    # hundreds of them, and in every chunk the same.
+    while count and not text_of(tokenizer, logprobs[count - 1].token).strip():
+        count -= 1
+    while count:
+        text = text_of(tokenizer, logprobs[count - 1].token)
+        length += 1 / 3 if text == REPLACEMENT else len(text)  # a byte; most characters have three
+        if length > len(hidden.rstrip()) + 0.01:
+            break
+        count -= 1
+    return logprobs[:count]
 
 
 async def visible(
@@ -135,7 +137,8 @@ async def merged(
             await each.aclose()
 
 
-def text_of(tokenizer: Any, tokens: list[int]) -> str:
-    """Their text behind another token: at the beginning, decoders drop a space."""
+@lru_cache(maxsize=2**17)
+def text_of(tokenizer: Any, token: int) -> str:
+    """Of a token behind another: at the beginning, decoders drop a space."""
     anchor = tokenizer.decode([tokenizer.anchor])
-    return str(tokenizer.decode([tokenizer.anchor, *tokens]))[len(anchor) :]
+    return str(tokenizer.decode([tokenizer.anchor, token]))[len(anchor) :]

@@ -10,7 +10,6 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from functools import lru_cache
 from typing import Any, ClassVar
 
 from fastapi import HTTPException
@@ -187,16 +186,10 @@ class ChatCompletionReply(Reply):
         return ({**self.described(told.token, told.logprob), "top_logprobs": others},)
 
     def described(self, token: int, logprob: float) -> dict:
-        text = token_text(self.tokenizer, token)
+        text = text_of(self.tokenizer, token)
         # A token may be a part of a character: it has no text of its own.
         in_bytes = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": in_bytes}
-
-
-@lru_cache(maxsize=2**17)
-def token_text(tokenizer: Any, token: int) -> str:
-    """The same tokens are asked for over and over."""
-    return text_of(tokenizer, [token])
 
 
 def call_object(call: ToolCall) -> dict:
@@ -217,5 +210,5 @@ class CompletionReply(Reply):
         return {"text": text, "finish_reason": last.finish_reason}
 
     def row(self, told: TokenLogprob) -> tuple[str, float, dict]:
-        others = {token_text(self.tokenizer, token): value for token, value in told.alternatives}
-        return token_text(self.tokenizer, told.token), told.logprob, others
+        others = {text_of(self.tokenizer, token): value for token, value in told.alternatives}
+        return text_of(self.tokenizer, told.token), told.logprob, others

@@ -34,7 +34,7 @@ from chatglm.sampling import SamplingParams, TokenLogprob, check_params
 from chatglm.text.template import TemplateTokenizer
 from chatglm.text.time_limit import time_limit
 from chatglm.text.tokenizer import ChatGLMTokenizer, is_tool_name
-from server.answers import shown_logprobs, text_of
+from server.answers import shown_logprobs
 from server.browsers import is_served
 from server.clients import client_of, network_of
 from server.connections import FOR_OTHERS
@@ -395,29 +395,42 @@ def test_log_probabilities_are_written_as_they_come(tokenizer, monkeypatch, body
         assert logprobs["refusal"] is None
 
 
-def test_what_a_stop_sequence_hides_is_found_in_few_steps(tokenizer):
-    class Counted:
-        anchor, read = tokenizer.anchor, 0
+def test_what_a_stop_sequence_hides_is_found_by_looking_at_each_token_once(tokenizer):
+    """Against the texts of all that follows a token, decoded anew for each."""
 
-        def decode(self, tokens):
-            self.read += len(tokens)
-            return tokenizer.decode(tokens)
+    def behind(tokens):
+        return tokenizer.decode([tokenizer.anchor, *tokens])[1:]  # the anchor is one letter
 
-    for text in ("什么是 HTTP？ hello, world" * 20, "a b  c\n\n d " * 40):
+    for text in ("什么是 HTTP？ hello, world" * 20, "a b  c\n\n d " * 40, "\n" * 300):
         tokens = tokenizer.encode(text)
-        whole = text_of(tokenizer, tokens)
+        whole = behind(tokens)
         for length in (0, 1, 7, 200):
-            hidden = whole[len(whole) - length :]
-            counted = Counted()
-            count = len(shown_logprobs(told(tokens, 0), hidden, counted))
+            hidden = whole[len(whole) - length :] if length else ""
             expected = next(  # from the end, one by one
                 number
                 for number in range(len(tokens), -1, -1)
-                if not number
-                or len(text_of(tokenizer, tokens[number - 1 :]).rstrip()) > len(hidden.rstrip())
+                if not number or len(behind(tokens[number - 1 :]).rstrip()) > len(hidden.rstrip())
             )
+            count = len(shown_logprobs(told(tokens, 0), hidden, tokenizer))
             assert count == (expected if hidden else len(tokens))
-            assert counted.read < 20 * (length + 10)
+    tokens = tokenizer.encode("a㐀")  # three tokens, each of one byte
+    assert len(shown_logprobs(told(tokens, 0), "㐀", tokenizer)) == len(tokens) - 3
+
+
+def test_an_answer_of_white_space_costs_as_much_for_each_chunk(tokenizer):
+    decoded = []
+
+    class Counted:
+        anchor = tokenizer.anchor
+
+        def decode(self, tokens):
+            decoded.append(tokens)
+            return tokenizer.decode(tokens)
+
+    newline, counted = tokenizer.encode("a\n")[-1], Counted()
+    for length in range(1, 500):
+        assert not shown_logprobs(told([newline] * length, 0), "\n", counted)
+    assert len(decoded) < 10
 
 
 # --- 4. Preparing ------------------------------------------------------------------------------
