@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 from contextlib import aclosing
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import chatglm
 from chatglm.hardware.cpu_linear import PackedLinear
-from chatglm.text.chatglm1 import ChatGLM1Tokenizer
+from chatglm.text.chatglm1 import CLEANED, ChatGLM1Tokenizer, clean_up
 from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.messages import to_messages
 from tests.original import KINDS, golden, write_json
@@ -240,25 +241,68 @@ def test_tools_have_no_place(tokenizer):
 PIECES = [*"  '''ntmsver.?!,:;中a[", "[[训练时间]]", "训", "\n", " '", "n't"]
 
 
-def test_the_text_only_grows_and_ends_as_the_whole(tokenizer):
-    from chatglm.text.chatglm1 import clean_up, count_unsettled
+def texts_while_they_come(pieces):
+    """The text after each of the pieces, and at the end."""
+    words = [*pieces, "a"]
+    detokenizer = Detokenizer(lambda ids: "".join(words[i] for i in ids), len(pieces), CLEANED)
+    texts = []
+    for i in range(len(pieces)):
+        detokenizer.push([i])
+        texts.append(detokenizer.text)
+    return [*texts, detokenizer.finish()]
 
+
+def only_grows(texts):
+    return all(late.startswith(early) for early, late in zip(texts, texts[1:], strict=False))
+
+
+def test_the_text_only_grows_and_ends_as_the_whole(tokenizer):
     draw = random.Random(0)
     for _ in range(3000):
-        pieces = [*draw.choices(PIECES, k=draw.randrange(1, 30)), "a"]
-        detokenizer = Detokenizer(
-            lambda ids: "".join(pieces[i] for i in ids), len(pieces) - 1, clean_up, count_unsettled
-        )
-        texts, seen = [], []
-        for i in range(len(pieces) - 1):
-            detokenizer.push([i])
-            texts.append(detokenizer.text)
-            seen.append(tokenizer.visible(detokenizer.text, finished=False))
-        texts.append(detokenizer.finish())
+        pieces = draw.choices(PIECES, k=draw.randrange(1, 30))
+        texts = texts_while_they_come(pieces)
+        seen = [tokenizer.visible(text, finished=False) for text in texts[:-1]]
         seen.append(tokenizer.visible(texts[-1], finished=True))
-        assert texts[-1] == clean_up("".join(pieces[:-1]))
-        for growing in (texts, seen):
-            assert all(b.startswith(a) for a, b in zip(growing, growing[1:], strict=False)), pieces
+        assert texts[-1] == clean_up("".join(pieces))
+        assert only_grows(texts) and only_grows(seen), pieces
+
+
+def test_a_long_text_of_what_is_cleaned_up_comes_as_the_whole():
+    """Each text is of few pieces, so that it is often one long run of what may still change."""
+    draw = random.Random(0)
+    for _ in range(300):
+        few = draw.sample([*PIECES, *(spaced for spaced, _ in CLEANED)], 3)
+        pieces = draw.choices(few, k=200)
+        texts = texts_while_they_come(pieces)
+        assert texts[-1] == clean_up("".join(pieces)), few
+        assert only_grows(texts), few
+        assert len(texts[-1]) - len(texts[-2]) < 20, few  # no more than this is ever held back
+
+
+def seconds(tokenizer, ids):
+    """Computing time of this thread for an answer of these ids."""
+    detokenizer, start = tokenizer.detokenizer(), time.thread_time()
+    for one in ids:
+        detokenizer.push([one])
+    assert detokenizer.finish() == tokenizer.decode(ids)
+    return time.thread_time() - start
+
+
+# In each run, something may always still change. The last is one that decoding drops at the start.
+RUNS = {
+    "quotes": ["▁", "'"],
+    "quotes and n": ["▁", "'", "▁", "n"],
+    "spaces behind text": ["a", *["▁"] * 999],
+    "spaces": ["▁"],
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_an_answer_of_four_times_the_tokens_takes_no_eight_times_the_time(tokenizer, run):
+    ids = [tokenizer.sp.piece_to_id(piece) for piece in run] * 400
+    # Of several tries, as a busy machine slows down now the one, now the other.
+    tries = ((seconds(tokenizer, ids[:100]), seconds(tokenizer, ids[:400])) for _ in range(5))
+    assert any(long < 8 * short for short, long in tries)
 
 
 def test_whatever_the_ids_the_text_only_grows(tokenizer):

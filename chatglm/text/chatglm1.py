@@ -66,7 +66,7 @@ class ChatGLM1Tokenizer:
         return clean_up(self._decode(ids))
 
     def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self._decode, self.anchor, clean_up, count_unsettled)
+        return Detokenizer(self._decode, self.anchor, CLEANED)
 
     def token_bytes(self) -> list[bytes]:
         """The text of every id, in UTF-8; of special tokens nothing."""
@@ -91,7 +91,8 @@ class ChatGLM1Tokenizer:
     def visible(self, raw: str, finished: bool) -> str:
         """The answer with its punctuation put right. While it is not `finished`, an end that could
         still change is held back."""
-        text = raw if finished else UNSETTLED_PUNCTUATION.sub("", raw)
+        # Only the end is searched, or a long answer would be searched for every token.
+        text = raw if finished else raw[:-2] + UNSETTLED_PUNCTUATION.sub("", raw[-2:])
         return punctuate(fill_in_year(text, finished).strip())
 
 
@@ -127,8 +128,6 @@ def chatglm1_prompt(messages: list[dict]) -> str:
 # What the library's decoding of that time did (clean_up_tokenization), in its order.
 CLEANED = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")]
 CLEANED += [(f" '{end}", f"'{end}") for end in ("m", "s", "ve", "re")]
-# The end of a text from which these may still take a space: two, as one makes room for another.
-UNSETTLED_SPACES = re.compile(r" {1,2}('( +')*( +n'?| *[vr]?)|n'?|)\Z")
 # The end that may still become full-width, before a Chinese character.
 UNSETTLED_PUNCTUATION = re.compile(r"(?<![\u4e00-\u9fff])[,!:;?]\Z")
 
@@ -137,16 +136,6 @@ def clean_up(text: str) -> str:
     for spaced, joined in CLEANED:
         text = text.replace(spaced, joined)
     return text
-
-
-def count_unsettled(text: str) -> int:
-    """How many characters at the end of an uncleaned text may still change.
-
-    >>> count_unsettled("It was n")
-    2
-    """
-    end = UNSETTLED_SPACES.search(text)
-    return len(end[0]) if end else 0
 
 
 def punctuate(text: str) -> str:
