@@ -118,10 +118,12 @@ def test_a_large_network_is_computed_by_as_many_threads_as_torch_was_told(monkey
         torch.set_num_threads(before)
 
 
-def test_cores_that_other_programs_use_are_not_free():
+@pytest.mark.parametrize("how", ["", "import os; os.nice(10); "])
+def test_cores_that_other_programs_use_are_not_free(how):
+    """Also if they are of a low priority, as a backup is."""
     free = FreeCores()
     others = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        subprocess.Popen([sys.executable, "-c", how + "exec('while True: pass')"])
         for _ in range(psutil.cpu_count())
     ]
     # They run on the cores that this process may use, which can be fewer than there are.

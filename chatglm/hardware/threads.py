@@ -43,7 +43,9 @@ class FreeCores:
     def _look(self) -> tuple[float, float]:
         """Seconds: the time, and the CPU time that other processes have used."""
         everyone, own = psutil.cpu_times(), self._process.cpu_times()
-        return time.monotonic(), everyone.user + everyone.system - own.user - own.system
+        # Systems count programs of a low priority apart, and what a virtual machine does not get.
+        used = sum(getattr(everyone, kind, 0.0) for kind in ("user", "system", "nice", "steal"))
+        return time.monotonic(), used - own.user - own.system
 
     def __call__(self) -> float:
         if time.monotonic() - self._seen[0] > LOOK_EVERY:
