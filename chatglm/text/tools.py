@@ -9,9 +9,10 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from chatglm.text.tokenizer import (
     ANOTHER_MESSAGE,
@@ -82,8 +83,7 @@ def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
         return None
     is_python = content.startswith("```")
     try:
-        # `parse_constant` raises for NaN.
-        arguments = parse_python(content) if is_python else json.loads(content, parse_constant=int)
+        arguments = parse_python(content) if is_python else read_json(content)
         written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         # Raises for an unpaired surrogate, which an escape in the content may stand for.
         (content + written).encode()
@@ -157,8 +157,19 @@ def source_of(node: ast.expr, source: bytes, starts: list[int]) -> bytes:
 def parse_value(written: bytes, node: ast.expr) -> object:
     """JSON, which an answer of a given form has, or a Python literal."""
     with suppress(ValueError):
-        return json.loads(written.decode())
+        return read_json(written.decode())
     return ast.literal_eval(node)
+
+
+def read_json(text: str) -> Any:
+    """Raises ValueError for NaN and Infinity, which are no JSON."""
+    return json.loads(text, parse_constant=int, parse_float=finite)
+
+
+def finite(number: str) -> float:
+    """1e999 is JSON, but Python reads it as infinity, which cannot be written again."""
+    largest = sys.float_info.max
+    return max(-largest, min(float(number), largest))
 
 
 def may_be_call(raw: str, names: Collection[str]) -> bool:
@@ -183,7 +194,7 @@ def published_response(raw: str, text: str, names: list[str]) -> Published:
         return Published(text, [("", text)])
     messages = [("", content_of(each, finished=True)) for each in split_messages(raw)[:-1]]
     messages.append(last_message(raw))
-    return Published({"name": call.name, "parameters": json.loads(call.arguments)}, messages)
+    return Published({"name": call.name, "parameters": read_json(call.arguments)}, messages)
 
 
 def words_before_call(raw: str) -> str:
