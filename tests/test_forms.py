@@ -333,6 +333,12 @@ def alternatives(depth):
         ({"patternProperties": 5}, "patternProperties"),
         ({"type": "integer", "multipleOf": True}, "multipleOf"),
         (alternatives(10), "too many alternatives"),
+        ({"$ref": "#"}, "nothing can be written"),
+        ({"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}, "nothing can be written"),
+        (
+            {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}},
+            "nothing can be written",
+        ),
     ],
 )
 def test_a_schema_that_cannot_be_kept_is_refused_by_name(engine, schema, word):

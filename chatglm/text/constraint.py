@@ -32,6 +32,7 @@ LIMITS = llguidance.LLParserLimits(
 CHARACTERS_A_TOKEN = 6  # of a grammar, for each token of an answer: a rough guess
 ENDS_AHEAD = 256  # tokens; so long before its limit, an answer is looked at
 LOOK_EVERY = 4  # tokens, at most
+FEW = 100  # tokens; there are not as many of one or two spaces and line ends
 MAX_GUESSES = 16  # on the way to an end, where none of the following may come
 # The first of these that may come brings an answer nearer to its end. The last two are for strings,
 # in which a bracket is a character like any other.
@@ -88,12 +89,15 @@ class GrammarCompiler:
     def _try_out(self, matcher: llguidance.LLMatcher) -> str:
         """What goes wrong in the first steps, if anything. The first step of an object is the
         dearest, as a rule: it chooses among all properties."""
-        for token in [*self.vocabulary().tokenize_str('{"'), None]:
-            may_follow = biases_of([matcher], self._vocab_size)[0] == 0
-            if not may_follow.any():
-                return "nothing can be written that fits"
-            if token is None or not may_follow[token] or not consume(matcher, [token]):
+        may_follow = biases_of([matcher], self._vocab_size)[0] == 0
+        first = may_follow.nonzero().flatten().tolist()
+        # A schema that refers to itself alone has no first character, only the space before it.
+        if len(first) <= FEW and not self._tokenizer.decode(first).strip():
+            return "nothing can be written that fits"
+        for token in self.vocabulary().tokenize_str('{"'):
+            if not may_follow[token] or not consume(matcher, [token]):
                 break
+            may_follow = biases_of([matcher], self._vocab_size)[0] == 0
         return matcher.get_error()
 
     def vocabulary(self) -> llguidance.LLTokenizer:
