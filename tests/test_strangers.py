@@ -23,6 +23,7 @@ import pytest
 import requests
 from fastapi import Request
 from prometheus_client import Counter as Counted
+from starlette.testclient import TestClient
 from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -34,6 +35,7 @@ from chatglm.sampling import SamplingParams, TokenLogprob, check_params
 from chatglm.text.template import TemplateTokenizer
 from chatglm.text.time_limit import time_limit
 from chatglm.text.tokenizer import ChatGLMTokenizer, is_tool_name
+from server import bodies
 from server.answers import shown_logprobs
 from server.browsers import is_served
 from server.clients import client_of, network_of
@@ -434,6 +436,30 @@ def test_an_answer_of_white_space_costs_as_much_for_each_chunk(tokenizer):
 
 
 # --- 4. Preparing ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/", V1, TEXT, "/stream"])
+def test_a_request_is_read_and_prepared_off_the_event_loop(monkeypatch, path):
+    """Whatever it holds then keeps nobody else from being answered."""
+    seen = {}
+
+    def watch(owner, name):
+        original = getattr(owner, name)
+
+        def watched(*arguments, **options):
+            seen[name] = threading.current_thread().name
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(bodies, "parse")
+    watch(chatglm.Engine, "prepare")
+    with TestClient(api.app, "http://localhost") as client:
+        asked = HI if path == V1 else {"prompt": "hi"}
+        body = {**asked, "max_length": 20, "max_tokens": 2}
+        assert client.post(path, json=body).status_code == 200
+    assert set(seen) == {"parse", "prepare"}
+    assert all(name.startswith("prepare") for name in seen.values())
 
 
 def test_clients_take_turns_and_one_that_hangs_up_is_passed_over():
