@@ -68,3 +68,9 @@ def preview(value: Any) -> str:
     else:
         text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library's Rust code gave up. pyo3's PanicException is no Exception, and has no
+    module to import it from."""
+    return type(error).__name__ == "PanicException"

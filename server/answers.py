@@ -69,10 +69,11 @@ def shown_logprobs(logprobs: list[TokenLogprob], hidden: str, tokenizer: Any) ->
     # hundreds of them, and in every chunk the same.
     while count and not text_of(tokenizer, logprobs[count - 1].token).strip():
         count -= 1
+    most = len(hidden.rstrip()) + 0.01
     while count:
         text = text_of(tokenizer, logprobs[count - 1].token)
         length += 1 / 3 if text == REPLACEMENT else len(text)  # a byte; most characters have three
-        if length > len(hidden.rstrip()) + 0.01:
+        if length > most:
             break
         count -= 1
     return logprobs[:count]

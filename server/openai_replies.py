@@ -113,13 +113,13 @@ class Reply(ABC):
                 self.last[i] = delta.chunk
                 texts[i] += delta.text
                 if self.body.alternatives is not None:
-                    told[i] += [tuple(map(to_json, self.row(each))) for each in delta.logprobs]
+                    told[i] += [tuple(map(encoded, self.row(each))) for each in delta.logprobs]
                 if delta.finish_reason:
                     choices[i] = {"index": i, **self.choice(texts[i], delta)}
         head = {"object": self.WHOLE, **self.head, "usage": self.usage()}
-        pieces = [to_json(head)[:-1], b',"choices":[']
+        pieces = [encoded(head)[:-1], b',"choices":[']
         for i in sorted(choices):
-            pieces += [to_json(choices[i])[:-1], b',"logprobs":', *self.written(told[i]), b"},"]
+            pieces += [encoded(choices[i])[:-1], b',"logprobs":', *self.written(told[i]), b"},"]
         return [*pieces[:-1], b"}]}"]
 
     def written(self, told: list[tuple[bytes, ...]]) -> Iterator[bytes]:
@@ -127,9 +127,9 @@ class Reply(ABC):
         if self.body.alternatives is None:
             yield b"null"
             return
-        yield to_json(self.BESIDE)[:-1]
+        yield encoded(self.BESIDE)[:-1]
         for i, name in enumerate(self.COLUMNS):
-            yield b"%s%s:[" % (b"," if i or self.BESIDE else b"", to_json(name))
+            yield b"%s%s:[" % (b"," if i or self.BESIDE else b"", encoded(name))
             for begin in range(0, len(told), AT_ONCE):
                 rows = told[begin : begin + AT_ONCE]
                 yield b",".join(row[i] for row in rows) + b"," * (begin + AT_ONCE < len(told))
@@ -190,6 +190,10 @@ class ChatCompletionReply(Reply):
         # A token may be a part of a character: it has no text of its own.
         in_bytes = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": in_bytes}
+
+
+def encoded(value: object) -> bytes:
+    return to_json(value).encode()
 
 
 def call_object(call: ToolCall) -> dict:

@@ -59,11 +59,11 @@ async def with_pings(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[byte
 
 
 def json_event(data: dict, event: str | None = None, id: str | None = None) -> bytes:
-    return format_sse_event(data_str=to_json(data).decode(), event=event, id=id)
+    return format_sse_event(data_str=to_json(data), event=event, id=id)
 
 
-def to_json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
+def to_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 async def answer_events(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chatglm.errors import preview
+from chatglm.errors import is_panic, preview
 
 DEEPEST = 50  # objects in each other; published files have 5
 LONGEST_NAME = 1000  # characters; a search for the kind of a model in it must not take long
@@ -118,8 +118,7 @@ def blaming(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        is_panic = type(error).__name__ == "PanicException"  # of Rust code; it is no Exception
-        if not isinstance(error, Exception) and not is_panic:
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise ValueError(f"{what} ({reason(error)})") from error
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from chatglm.errors import is_panic
 from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.time_limit import time_limit
 from chatglm.text.tokenizer import ANOTHER_MESSAGE, fill_in_year, without_metadata
@@ -184,7 +185,7 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> lis
     try:
         return tokenizer(text, **options)["input_ids"]
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what Rust code raises, no Exception
+        if not is_panic(error):
             raise
         raise ValueError(f"the tokenizer cannot read this text: {error}") from error
 
