@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import faulthandler
 import threading
 import time
 from collections import Counter, defaultdict
@@ -31,7 +32,7 @@ class StepWatch:
     def __init__(self, engine: chatglm.Engine) -> None:
         self.parts: dict[str, float] = defaultdict(float)  # seconds in all
         self.profile = profile(activities=activities(engine.model.device), acc_events=True)
-        self.armed, self.done, self._steps = False, threading.Event(), 0
+        self.armed, self.done, self.steps = False, threading.Event(), 0
         manager = manager_of(engine)
         batch = manager.batch_processor
         self._step = manager._generation_step
@@ -50,16 +51,16 @@ class StepWatch:
             try:
                 return method(*args, **kwargs)
             finally:
-                if self.armed and self._steps <= STEPS:
+                if self.armed and self.steps <= STEPS:
                     self.parts[part] += time.perf_counter() - begun
 
         return call
 
     def step(self) -> None:
-        self._steps += self.armed
-        if self._steps == STEPS + 1:
+        self.steps += self.armed
+        if self.steps == STEPS + 1:
             self.profile.start()
-        elif self._steps == 2 * STEPS + 1:
+        elif self.steps == 2 * STEPS + 1:
             self.profile.stop()
             self.armed = False
             self.done.set()
@@ -74,7 +75,9 @@ def activities(device: torch.device) -> list[ProfilerActivity]:
 async def watch_steps(engine: chatglm.Engine, batch: int) -> StepWatch:
     """Lets so many requests decode, all of them, while the steps are watched."""
     watch = StepWatch(engine)
-    params = chatglm.SamplingParams(max_length=engine.max_request_tokens, max_new_tokens=ENDLESS)
+    params = chatglm.SamplingParams(
+        temperature=0, max_length=engine.max_request_tokens, max_new_tokens=ENDLESS
+    )
     started = [asyncio.Event() for _ in range(batch)]
 
     async def read(number: int) -> None:
@@ -87,7 +90,9 @@ async def watch_steps(engine: chatglm.Engine, batch: int) -> StepWatch:
     await asyncio.gather(*(each.wait() for each in started))
     watch.armed = True
     if not await asyncio.to_thread(watch.done.wait, PATIENCE):
-        raise TimeoutError(f"{2 * STEPS} steps took more than {PATIENCE} s")
+        faulthandler.dump_traceback(all_threads=True)
+        ended = [reader for reader in readers if reader.done()]
+        raise TimeoutError(f"{watch.steps} of {2 * STEPS} steps in {PATIENCE} s; ended: {ended}")
     for reader in readers:
         reader.cancel()
     await asyncio.wait(readers)

@@ -45,8 +45,9 @@ def make(folder: Path) -> tuple[Path, Path]:
 def never_stop(rows: torch.Tensor, pieces: int) -> None:
     """Overwrites the output rows [V, hidden] of what is no piece of text by the others' mean.
 
-    The score of such a token is then the mean of the scores of all pieces, which is far from the
-    highest whatever the network says: no answer stops, with greedy choice nor within a nucleus.
+    The score of such a token is then the mean of the scores of all pieces. That is never the
+    highest: with greedy choice, no answer stops. Nor does one within a nucleus, unless the scores
+    are nearly equal, as those of the smallest random network are.
     """
     mean = rows[CONTROLS:pieces].float().mean(dim=0).to(rows.dtype)
     rows[:CONTROLS] = mean

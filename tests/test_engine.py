@@ -15,7 +15,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 import chatglm
 from chatglm import SamplingParams
 from chatglm.engine.sequence import FIRST_TOKENS_UNTHROTTLED, MIN_INTERVAL, LatestOutput, Output
-from chatglm.text.messages import count_characters, to_messages
+from chatglm.text.continuation import check_length
+from chatglm.text.messages import to_messages
 from tests.servers import LIMIT
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
@@ -354,12 +355,18 @@ def test_what_cannot_fit_is_refused_before_memory_is_spent_on_it(engine, monkeyp
         engine.prepare(messages, SamplingParams(max_length=2048))
 
 
-def test_a_prompt_is_never_longer_than_the_count_that_refuses_it(engine):
-    for text in ("a" * 3000, " " * 3000, "\n\n" * 500, "你好，世界。" * 300, "🚀" * 500, "<0x0A>"):
-        for tools in [], [{"name": text[:9], "description": text, "parameters": {"t": [text]}}]:
-            messages = [{"role": "user", "content": text, "tools": tools}]
-            tokens = len(engine.tokenizer.encode_chat(messages))
-            assert count_characters(messages, 10**9) // engine.tokenizer.longest_token <= tokens
+@pytest.mark.parametrize(
+    "piece", ["a", " ", "\n\n", "hello world, ", "你好，世界。", "🚀", "<0x0A>"]
+)
+def test_what_fits_is_never_refused_by_its_beginning(engine, piece):
+    """The count by parts is a lower bound, and a close one."""
+    text = piece * (200_000 // len(piece))
+    for tools in [], [{"name": "f", "description": text, "parameters": {"t": [text[:9999]]}}]:
+        messages = [{"role": "user", "content": text, "tools": tools}]
+        tokens = len(engine.tokenizer.encode_chat(messages))
+        check_length(engine.tokenizer, messages, tokens + 1, 10**9)
+        with pytest.raises(chatglm.PromptTooLong):
+            check_length(engine.tokenizer, messages, tokens // 2, 10**9)
 
 
 def test_the_next_turn_reads_the_cache_of_the_turn_before(engine, loaded):

@@ -34,7 +34,7 @@ from chatglm.hardware.tensor_parallel import broadcast_from_rank0
 from chatglm.hardware.threads import install_thread_policy, single_threaded
 from chatglm.sampling import SamplingParams, check_params, check_room
 from chatglm.text.constraint import GrammarCompiler
-from chatglm.text.continuation import HIDDEN_TOKENS, AnswerText, check_characters, encode_prompt
+from chatglm.text.continuation import HIDDEN_TOKENS, AnswerText, check_length, encode_prompt
 from chatglm.text.forms import AnswerForm
 from chatglm.text.messages import extend_history, to_messages
 from chatglm.text.tools import published_response, tool_names
@@ -160,7 +160,7 @@ class Engine:
         check_params(params, self.model.config.vocab_size, offers_logprobs)
         context = self.max_request_tokens
         max_length = context if params.max_length is None else params.max_length
-        check_characters(self.tokenizer, prompt, max_length, context)
+        check_length(self.tokenizer, prompt, max_length, context)
         forced_prefix = form.prefix(self.tokenizer) if form else ""
         input_ids, prefix, begun = encode_prompt(self.tokenizer, prompt, forced_prefix)
         limits = [check_room(len(input_ids), max_length, context), params.max_new_tokens]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from chatglm.sampling import check_room
 from chatglm.text.detokenizer import REPLACEMENT
-from chatglm.text.messages import count_characters
+from chatglm.text.messages import texts_of
 
 if TYPE_CHECKING:
     from chatglm.engine.sequence import Sequence
@@ -17,18 +17,35 @@ if TYPE_CHECKING:
 # Room for what stands before the first visible token, such as ChatGLM3's metadata line.
 HIDDEN_TOKENS = 32
 ALWAYS_COUNTED = 2**16  # characters; of shorter prompts, a refusal has the exact length in tokens
+PART = 2**13  # characters
 
 
-def check_characters(
+def check_length(
     tokenizer: Tokenizer, prompt: list[dict] | str, max_length: int, context: int
 ) -> None:
-    """Raises PromptTooLong for a text so long that it cannot fit. It is not tokenised: that would
-    take time and memory."""
-    longest = tokenizer.longest_token
-    most = max(ALWAYS_COUNTED, min(max_length, context) * longest)
-    characters = len(prompt) if isinstance(prompt, str) else count_characters(prompt, most)
-    if characters > most:
-        check_room(characters // longest, max_length, context, exact=False)
+    """Raises PromptTooLong for a long prompt that cannot fit, as soon as its beginning shows it.
+
+    To tokenise all of it would take time and memory. It is read in parts, because SentencePiece
+    holds Python's lock, and with it the event loop, until it has read a text to its end.
+    """
+    if is_short(prompt):
+        return
+    tokens = 0
+    for text in texts_of(prompt):
+        for begin in range(0, len(text), PART):
+            torn = tokenizer.longest_token if begin else 0  # a token may lie across the cut
+            tokens += max(0, len(tokenizer.encode(text[begin : begin + PART])) - torn)
+            if tokens >= min(max_length, context):
+                check_room(tokens, max_length, context, exact=False)
+
+
+def is_short(prompt: list[dict] | str) -> bool:
+    total = 0
+    for text in texts_of(prompt):
+        total += len(text)
+        if total > ALWAYS_COUNTED:
+            return False
+    return True
 
 
 def encode_prompt(

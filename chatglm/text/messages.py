@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 from chatglm.errors import InvalidField, preview
@@ -111,23 +113,24 @@ def check_text(text: str, where: str) -> None:
         ) from error
 
 
-def count_characters(messages: list[dict], limit: int) -> int:
-    """Characters of all that the messages say, or some number over `limit`: counting stops there.
+def texts_of(prompt: list[dict] | str) -> Iterator[str]:
+    """All that a text says, or messages, piece by piece.
 
-    Tools are counted as the chat formats write them, indented: nested deeply, they grow with the
-    square of the depth. Raises InvalidField for tools that are nested too deeply to be written.
+    Tools are written as the chat formats do, indented: nested deeply, they grow with the square of
+    the depth. Raises InvalidField for tools that are nested too deeply to be written.
     """
-    total = 0
-    for message in messages:
-        total += len(message["content"]) + len(message.get("metadata", ""))
+    if isinstance(prompt, str):
+        yield prompt
+        return
+    for message in prompt:
+        yield message["content"]
+        yield message.get("metadata", "")
+        pieces = INDENTED.iterencode(message.get("tools", ""))
         try:
-            for piece in INDENTED.iterencode(message.get("tools", "")):
-                total += len(piece)
-                if total > limit:
-                    return total
+            while some := "".join(itertools.islice(pieces, 1000)):
+                yield some
         except RecursionError:
             raise InvalidField("tools", "are nested too deeply") from None
-    return total
 
 
 def extend_history(
