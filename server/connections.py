@@ -18,6 +18,7 @@ import json
 import time
 from collections import Counter
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import httptools
 import uvicorn
@@ -27,6 +28,7 @@ from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
 )
+from uvicorn.server import ServerState
 
 from server import uvicorn_http1  # noqa: F401  (mends uvicorn's protocol, also for `uvicorn api:app`)
 from server.clients import network_of
@@ -40,6 +42,11 @@ MAX_PIPELINED = 16  # requests that are sent before the answer to the first
 FOR_HEALTH = 16  # connections beyond the limit, for GET /health
 OTHER_FILES = 100  # that the process has open: weights, libraries, the log
 FOR_OTHERS = 64  # connections that no client can take from all others
+
+
+# How many connections each client has, of each server. To count them anew for each that is opened
+# would take longer the more there are.
+connections_held: WeakKeyDictionary[ServerState, Counter[str]] = WeakKeyDictionary()
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -63,13 +70,14 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.address = network_of(self.client[0]) if self.client else ""
-        held = Counter(each.address for each in self.everyone if each.counts)
-        mine = held[self.address] > max(1, self.max_connections - FOR_OTHERS)
-        if mine or held.total() > self.max_connections:
-            self.make_room(held, only_mine=mine)
+        self.held = connections_held.setdefault(self.server_state, Counter())
+        self.held[self.address] += 1
+        mine = self.held[self.address] > max(1, self.max_connections - FOR_OTHERS)
+        if mine or self.held.total() > self.max_connections:
+            self.make_room(only_mine=mine)
         self.wait(HEAD_TIMEOUT)
 
-    def make_room(self, held: Counter[str], only_mine: bool) -> None:
+    def make_room(self, only_mine: bool) -> None:
         """Closes the oldest idle connection of the client that has most. If there is none, this
         connection may ask for /health only, or nothing."""
         idle = [
@@ -81,9 +89,10 @@ class LimitedProtocol(HttpToolsProtocol):
         if only_mine:
             full = [each for each in full if each.address == self.address]
         if full:
-            max(full, key=lambda each: (held[each.address], -each.since)).transport.abort()
+            max(full, key=lambda each: (self.held[each.address], -each.since)).transport.abort()
             return
         self.app = health_only(self.answering)
+        self.let_go()
         if len(self.connections) > self.max_connections + FOR_HEALTH:
             limited = [each for each in idle if each.is_limited]
             min(limited, key=lambda each: each.since, default=self).transport.abort()
@@ -97,9 +106,10 @@ class LimitedProtocol(HttpToolsProtocol):
         """Whether it may ask for /health only. Such connections do not count against the limit."""
         return self.app is not self.answering
 
-    @property
-    def counts(self) -> bool:
-        return not self.is_limited and not self.transport.is_closing()
+    def let_go(self) -> None:
+        self.held[self.address] -= 1
+        if not self.held[self.address]:
+            del self.held[self.address]
 
     @property
     def is_idle(self) -> bool:
@@ -112,6 +122,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if not self.is_limited:
+            self.let_go()
         self.wait(None)
         self.resume_writing()
 

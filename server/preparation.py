@@ -7,6 +7,7 @@ with a hundred large requests would hold up all others. Here the clients take tu
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ import chatglm
 
 Result = TypeVar("Result")
 THREADS = 2  # more would only wait for each other: most of the work holds Python's lock
+# Seconds after which these threads give Python's lock to the event loop, or to the model. Python's
+# own 5 ms, for each of the hundred operations of a step, would slow every answer down.
+SWITCH_INTERVAL = 0.0005
 MAX_WAITING = 400  # pieces of work of one client; more than all places and the queue have
 
 
@@ -24,6 +28,7 @@ class FairPool:
     the event loop only."""
 
     def __init__(self) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL)
         self._threads = ThreadPoolExecutor(THREADS, "prepare")
         self._free = THREADS
         self._waiting: OrderedDict[str, deque[asyncio.Future]] = OrderedDict()
