@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import requests
 import torch
+from torch.overrides import TorchFunctionMode
 
 import chatglm
 from chatglm import InvalidField, SamplingParams
@@ -279,6 +280,29 @@ def test_an_answer_that_the_client_has_begun_is_taken_into_account(engine):
         engine.prepare(
             [*HELLO, {"role": "assistant", "content": "Well,"}], None, JsonForm(PERSON, "f")
         )
+
+
+class TorchCalls(TorchFunctionMode):
+    """Writes down what of torch is called by the thread in this block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_thread_that_prepares_a_request_calls_nothing_of_torch(engine):
+    """It would start worker threads, and those of the model would be slower from then on."""
+    question = [{"role": "user", "content": "hi"}]
+    with TorchCalls() as calls:
+        engine.prepare(question, SamplingParams(logit_bias=((5, 1.0),), logprobs=20, seed=1))
+        engine.prepare("a text", SamplingParams(repetition_penalty=1.1))
+        engine.prepare(declare(question, evaluation.TOOLS), SamplingParams(), JsonForm({}, "f"))
+        engine.prepare(question, SamplingParams(), JsonForm(PERSON, "f"))
+    assert not calls.names
 
 
 def test_a_constraint_goes_back_as_after_a_pause(engine):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import llguidance
 import llguidance.hf
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
@@ -89,15 +90,14 @@ class GrammarCompiler:
     def _try_out(self, matcher: llguidance.LLMatcher) -> str:
         """What goes wrong in the first steps, if anything. The first step of an object is the
         dearest, as a rule: it chooses among all properties."""
-        may_follow = biases_of([matcher], self._vocab_size)[0] == 0
-        first = may_follow.nonzero().flatten().tolist()
+        following = may_follow(matcher, self._vocab_size)
         # A schema that refers to itself alone has no first character, only the space before it.
-        if len(first) <= FEW and not self._tokenizer.decode(first).strip():
+        if len(following) <= FEW and not self._tokenizer.decode(following.tolist()).strip():
             return "nothing can be written that fits"
         for token in self.vocabulary().tokenize_str('{"'):
-            if not may_follow[token] or not consume(matcher, [token]):
+            if token not in following or not consume(matcher, [token]):
                 break
-            may_follow = biases_of([matcher], self._vocab_size)[0] == 0
+            following = may_follow(matcher, self._vocab_size)
         return matcher.get_error()
 
     def vocabulary(self) -> llguidance.LLTokenizer:
@@ -208,8 +208,7 @@ class Constraint:
                 next_tokens = next(([t] for t in closers if matcher.validate_tokens([t])), [])
             if not next_tokens:
                 guesses += 1
-                bias = biases_of([matcher], self._vocab_size)[0]
-                next_tokens = (bias == 0).nonzero()[-1].tolist()
+                next_tokens = may_follow(matcher, self._vocab_size)[-1:].tolist()
             tokens += next_tokens
             is_far = len(tokens) > ENDS_AHEAD or guesses > MAX_GUESSES
             if is_far or not matcher.consume_tokens(next_tokens):
@@ -219,7 +218,8 @@ class Constraint:
 
 def next_biases(constraints: list[Constraint], vocab_size: int) -> torch.Tensor:
     """What to add to the scores of each answer, [n, V]: 0 where a token may follow, else NEVER."""
-    biases = biases_of([constraint.matcher for constraint in constraints], vocab_size)
+    masks = masks_of([constraint.matcher for constraint in constraints], vocab_size)
+    biases = BIASES[torch.from_numpy(masks).int()].flatten(1)[:, :vocab_size]
     for row, constraint in zip(biases, constraints, strict=True):
         token = constraint.next_of_end()
         if token is not None and row[token] == 0:
@@ -228,14 +228,25 @@ def next_biases(constraints: list[Constraint], vocab_size: int) -> torch.Tensor:
     return biases
 
 
-def biases_of(matchers: list[llguidance.LLMatcher], vocab_size: int) -> torch.Tensor:
-    """All in one call, which gives up the interpreter lock: it takes milliseconds to get it back
-    from a busy event loop."""
+def masks_of(matchers: list[llguidance.LLMatcher], vocab_size: int) -> np.ndarray:
+    """A bit for each token that may come next, [n, bytes]; the first token has a byte's lowest bit.
+
+    All in one call, which gives up the interpreter lock: it takes milliseconds to get it back from
+    a busy event loop.
+    """
     words = math.ceil(vocab_size / 32)
-    masks = torch.empty(len(matchers), words, dtype=torch.int32)
+    masks = np.empty((len(matchers), words), dtype=np.uint32)
     places = [(matcher, row) for row, matcher in enumerate(matchers)]
-    executor().unsafe_compute_mask_ptr(places, masks.data_ptr(), 4 * words, len(matchers))
-    return BIASES[masks.view(torch.uint8).int()].flatten(1)[:, :vocab_size]
+    executor().unsafe_compute_mask_ptr(places, masks.ctypes.data, 4 * words, len(matchers))
+    return masks.view(np.uint8)
+
+
+def may_follow(matcher: llguidance.LLMatcher, vocab_size: int) -> np.ndarray:
+    """The tokens that may come next. Without torch: in a thread that prepares a request, it would
+    start worker threads, and those of the model would be slower from then on, see
+    hardware/threads.py."""
+    [mask] = masks_of([matcher], vocab_size)
+    return np.flatnonzero(np.unpackbits(mask, bitorder="little")[:vocab_size])
 
 
 def consume(matcher: llguidance.LLMatcher, tokens: list[int]) -> bool:
