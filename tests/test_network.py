@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ import chatglm
 from chatglm.engine import cpu_attention as attention
 from chatglm.hardware import threads as device
 from chatglm.hardware.cpu_linear import HalfLinear
-from chatglm.hardware.threads import FreeCores
+from chatglm.hardware.threads import NICENESS, FreeCores
 from chatglm.text.messages import to_messages
 from tests.original import native
 from tests.servers import LIMIT, until
@@ -116,6 +117,21 @@ def test_a_large_network_is_computed_by_as_many_threads_as_torch_was_told(monkey
         assert seen == {3} and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@LINUX
+def test_the_model_gives_way_to_the_event_loop():
+    """Else /health and the answers of others wait for a core until a step ends."""
+
+    def niceness():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    mine, seen = niceness(), set()
+    tokenizer, model = chatglm.load(GOLDEN / "chatglm3", device="cpu")
+    model.register_forward_hook(lambda *_: seen.add(niceness()))
+    with chatglm.Engine(tokenizer, model) as engine:
+        asyncio.run(answers(engine, ["hi"]))
+    assert seen == {mine + NICENESS} and niceness() == mine
 
 
 @pytest.mark.parametrize("how", ["", "import os; os.nice(10); "])

@@ -1,7 +1,10 @@
-"""How many threads torch uses on a CPU."""
+"""How many threads torch uses on a CPU, and who comes first."""
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ from transformers import PreTrainedModel
 from chatglm.hardware.cpu_linear import count_numbers
 
 SMALL_MODEL_PARAMETERS = 20_000_000  # a smaller network gains little from more than two cores
+NICENESS = 4  # of the model's thread, beside the event loop's
 LOOK_EVERY = 0.25  # seconds between two looks at what other processes use
 
 
@@ -55,18 +59,30 @@ class FreeCores:
         return self._free
 
 
+def give_way() -> None:
+    """Lets the event loop run before this thread, and before the worker threads that it starts from
+    now on, where both want a core. Only Linux knows priorities of threads."""
+    if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
+        niceness = os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, niceness))
+
+
 def install_thread_policy(model: PreTrainedModel) -> RemovableHandle | None:
-    """Makes a small network on a CPU use two threads while two cores are free, else one.
+    """On a CPU, the thread that runs the model gives way to the event loop, and a small network
+    uses two threads while two cores are free, else one.
 
     If another program wants the second core, its half of every operation comes late, and a step
-    takes several times as long as with one thread. Returns what removes the policy, or None for a
-    network that keeps torch's usual number of threads.
+    takes several times as long as with one thread. Returns what removes the policy, or None where
+    there is none.
     """
-    if model.device.type != "cpu" or count_numbers(model) >= SMALL_MODEL_PARAMETERS:
+    if model.device.type != "cpu":
         return None
+    is_small = count_numbers(model) < SMALL_MODEL_PARAMETERS
     most, free_cores = min(2, torch.get_num_threads()), FreeCores()
 
-    def choose(*_) -> None:
-        torch.set_num_threads(most if free_cores() > most - 0.75 else 1)
+    def before_step(*_) -> None:
+        give_way()
+        if is_small:
+            torch.set_num_threads(most if free_cores() > most - 0.75 else 1)
 
-    return model.register_forward_pre_hook(choose)
+    return model.register_forward_pre_hook(before_step)
