@@ -183,7 +183,6 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
     setup_log()
     if not hasattr(app.state, "loaded"):  # under `uvicorn api:app` there was no main()
         load(parse_settings([]))
-    gc.freeze()  # exempts what is loaded from garbage collection: a scan takes 0.5 s, also at exit
     tokenizer, model = app.state.loaded
     settings: Settings = app.state.settings
     with chatglm.Engine(
@@ -197,6 +196,7 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
     ) as engine:
         app.state.engine, app.state.preparation = engine, FairPool()
         app.state.metrics = metrics.Metrics(engine)
+        gc.freeze()  # what is there now is no garbage: to look through it takes 0.5 s, also at exit
         yield  # here the server runs
 
 

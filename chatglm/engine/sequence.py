@@ -169,6 +169,7 @@ class LatestOutput:
         return output
 
     def close(self) -> None:
+        self._on_finished = lambda: None  # it refers to the sequence, which refers to this
         for timer in (self._timer, self._throttle):
             if timer:
                 timer.cancel()

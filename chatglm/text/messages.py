@@ -132,7 +132,9 @@ def texts_of(prompt: list[dict] | str) -> Iterator[str]:
     for message in prompt:
         yield message["content"]
         yield message.get("metadata", "")
-        pieces = INDENTED.iterencode(message.get("tools", ""))
+        if not message.get("tools"):
+            continue
+        pieces = INDENTED.iterencode(message["tools"])
         try:
             while some := "".join(itertools.islice(pieces, 1000)):
                 yield some
