@@ -14,7 +14,6 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import httptools
@@ -29,12 +28,6 @@ class Parser:
     written out again, without the offer, and put in front of the bytes that follow.
     """
 
-    taken_over = ("get_method", "get_http_version", "should_keep_alive", "should_upgrade")
-    get_method: Callable[[], bytes]
-    get_http_version: Callable[[], str]
-    should_keep_alive: Callable[[], bool]
-    should_upgrade: Callable[[], bool]
-
     def __init__(self, protocol: HttpToolsProtocol) -> None:
         self.protocol = protocol
         self.start()
@@ -42,14 +35,15 @@ class Parser:
     def start(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
-        for name in self.taken_over:
-            setattr(self, name, getattr(self.parser, name))
+        self.get_method = self.parser.get_method
+        self.get_http_version = self.parser.get_http_version
+        self.should_keep_alive = self.parser.should_keep_alive
+        self.should_upgrade = self.parser.should_upgrade
 
     def end(self) -> None:
         """Lets go of what refers to this object in turn. Garbage collection holds Python's lock, so
         the less there is for it to find, the less anybody waits."""
-        for name in ("parser", "protocol", *self.taken_over):
-            delattr(self, name)
+        vars(self).clear()
 
     def feed_data(self, data: bytes) -> None:
         try:

@@ -83,7 +83,7 @@ def read_call(raw: str, names: Collection[str]) -> ToolCall | None:
         return None
     is_python = content.startswith("```")
     try:
-        arguments = parse_python(content) if is_python else read_json(content)
+        arguments = parse_python(content) if is_python else parse_json(content)
         written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         # Raises for an unpaired surrogate, which an escape in the content may stand for.
         (content + written).encode()
@@ -157,11 +157,11 @@ def source_of(node: ast.expr, source: bytes, starts: list[int]) -> bytes:
 def parse_value(written: bytes, node: ast.expr) -> object:
     """JSON, which an answer of a given form has, or a Python literal."""
     with suppress(ValueError):
-        return read_json(written.decode())
+        return parse_json(written.decode())
     return ast.literal_eval(node)
 
 
-def read_json(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Raises ValueError for NaN and Infinity, which are no JSON."""
     return json.loads(text, parse_constant=int, parse_float=finite)
 
@@ -194,7 +194,7 @@ def published_response(raw: str, text: str, names: list[str]) -> Published:
         return Published(text, [("", text)])
     messages = [("", content_of(each, finished=True)) for each in split_messages(raw)[:-1]]
     messages.append(last_message(raw))
-    return Published({"name": call.name, "parameters": read_json(call.arguments)}, messages)
+    return Published({"name": call.name, "parameters": parse_json(call.arguments)}, messages)
 
 
 def words_before_call(raw: str) -> str:
