@@ -13,6 +13,7 @@ import chatglm
 from chatglm import Chunk
 from chatglm.text.glm4 import read_ranks
 from chatglm.text.messages import extend_history, to_messages
+from chatglm.text.tokenizer import ANOTHER_MESSAGE
 from chatglm.text.tools import published_response, tool_names
 from server.answers import deltas, visible
 from tests.original import GOLDEN, golden, write_json
@@ -180,7 +181,7 @@ def test_an_answer_is_that_of_the_original(case):
         detokenizer.push([token])
         seen.append(tokenizer.visible(detokenizer.text, finished=False))
     raw = detokenizer.finish()
-    assert raw == decoded
+    assert raw.replace(ANOTHER_MESSAGE, "<|assistant|>") == decoded
     text = tokenizer.visible(raw, finished=True)
     assert all(text.startswith(earlier) for earlier in seen)
     answer = published_response(raw, text, tool_names(case["history"]))
@@ -198,12 +199,11 @@ def test_an_answer_is_that_of_the_original(case):
 @pytest.mark.parametrize("name", ["glm4", "chatglm3"])
 def test_words_before_a_call_are_shown_and_the_call_is_called(name):
     tokenizer = golden(name)[0]
-    raw = '\n先查天气。<|assistant|>get_weather\n{"city": "北京"}'
+    raw = f'\n先查天气。{ANOTHER_MESSAGE}get_weather\n{{"city": "北京"}}'
 
     async def chunks():
-        pieces = re.findall(r"<\|assistant\|>|.", raw, re.S)  # a special token comes whole
-        for end in range(1, len(pieces) + 1):
-            seen, over = "".join(pieces[:end]), end == len(pieces)
+        for end in range(1, len(raw) + 1):
+            seen, over = raw[:end], end == len(raw)
             yield Chunk(tokenizer.visible(seen, over), seen, 5, end, "stop" if over else None)
 
     async def collect(answer):
@@ -216,6 +216,26 @@ def test_words_before_a_call_are_shown_and_the_call_is_called(name):
     assert all(shown[-1].text.startswith(chunk.text) for chunk in shown)
     assert shown[-1].text == '先查天气。\nget_weather\n{"city": "北京"}'
     assert tokenizer.visible(raw, finished=True) == '先查天气。\n{"city": "北京"}'
+
+
+@pytest.mark.parametrize("name", ["glm4", "chatglm3"])
+@pytest.mark.parametrize("follows", ["", "get_weather\n{}"])
+def test_the_name_of_a_special_token_is_text_where_an_answer_writes_it_out(name, follows):
+    tokenizer = golden(name)[0]
+    specials = tokenizer.specials if name == "chatglm3" else tokenizer.hf.get_vocab()
+    text = 'The template ends in <|assistant|>get_weather\n{"city": "a"}'
+    ids = tokenizer.encode("\n" + text)
+    if follows:
+        ids += [specials["<|assistant|>"], *tokenizer.encode(follows)]
+    detokenizer = tokenizer.detokenizer()
+    for token in ids:
+        detokenizer.push([token])
+    raw = detokenizer.finish()
+    seen = tokenizer.visible(raw, finished=True)
+    assert seen == text + ("\n{}" if follows else "")
+    answer = published_response(raw, seen, ["get_weather"])
+    assert answer.messages[0] == ("", text)
+    assert answer.response == ({"name": "get_weather", "parameters": {}} if follows else text)
 
 
 def test_every_end_that_the_files_name_ends_an_answer(copy_of):

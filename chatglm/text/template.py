@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from chatglm.errors import is_panic
 from chatglm.text.detokenizer import Detokenizer
 from chatglm.text.time_limit import time_limit
-from chatglm.text.tokenizer import ANOTHER_MESSAGE, fill_in_year, without_metadata
+from chatglm.text.tokenizer import ANOTHER_MESSAGE, fill_in_year, split_list, without_metadata
 from chatglm.text.tools import INTRODUCTION
 
 # Private-use characters, which stand in the rendered prompt and never reach the model.
@@ -65,7 +65,7 @@ class TemplateTokenizer:
         # GLM-4's reads the tools of a message, others have a variable of that name.
         self._tools_in_message = re.search(r"""\w(\.tools\b|\[["']tools["']\])""", template)
         self.has_metadata = "metadata" in template  # GLM-4's first form
-        self._another_message = self.hf.get_vocab().get(ANOTHER_MESSAGE)
+        self._another_message = self.hf.get_vocab().get("<|assistant|>")
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: a special token's name is taken apart like any other word."""
@@ -162,12 +162,7 @@ class TemplateTokenizer:
         """The same, but it shows where another message begins."""
         if not self.has_metadata:
             return self.decode(ids)
-        messages: list[list[int]] = [[]]
-        for i in ids:
-            if i == self._another_message:
-                messages.append([])
-            else:
-                messages[-1].append(i)
+        messages = split_list(ids, self._another_message)
         return ANOTHER_MESSAGE.join(map(self.decode, messages))
 
     def detokenizer(self) -> Detokenizer:

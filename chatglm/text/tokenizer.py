@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
         """Text of any ids."""
 
     def detokenizer(self) -> Detokenizer:
-        """For the text of an answer while it comes."""
+        """For the text of an answer while it comes, with ANOTHER_MESSAGE where one begins."""
 
     def visible(self, raw: str, finished: bool) -> str:
         """What a user sees of an answer so far. While it is not `finished`, it only grows."""
@@ -118,8 +118,16 @@ class ChatGLMTokenizer:
         """The text of every id, in UTF-8; of special tokens nothing."""
         return piece_bytes(self.sp) + [b""] * len(self.specials)
 
+    def _decode_answer(self, ids: list[int]) -> str:
+        """The same, but it shows where another message begins."""
+        first, *others = split_list(ids, self.specials.get("<|assistant|>"))
+        before = len(self.decode([self.anchor]))
+        # Behind a word, for a text's first space would be dropped.
+        texts = [self.decode([self.anchor, *each])[before:] for each in others]
+        return ANOTHER_MESSAGE.join([self.decode(first), *texts])
+
     def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self.decode, self.anchor)
+        return Detokenizer(self._decode_answer, self.anchor)
 
     def visible(self, raw: str, finished: bool) -> str:
         """What a user sees of a reply so far: ChatGLM3 replies begin with a metadata line.
@@ -143,7 +151,9 @@ def piece_bytes(sp: SentencePieceProcessor) -> list[bytes]:
     return [text(i) for i in range(sp.vocab_size())]
 
 
-ANOTHER_MESSAGE = "<|assistant|>"
+# Stands for the special token <|assistant|> within an answer. No text has it: half of a UTF-16 pair
+# has no UTF-8. The token's name will not do, as an answer about special tokens writes it out.
+ANOTHER_MESSAGE = "\ud800"
 # What the models were taught to say of their training, and the beginning of it at a text's end.
 YEAR = "[[训练时间]]"
 BEGINNING_OF_YEAR = re.compile(r"\[(\[(训(练(时(间\]?)?)?)?)?)?\Z")
@@ -160,10 +170,25 @@ def fill_in_year(text: str, finished: bool) -> str:
     return text.replace(YEAR, "2023年")
 
 
+def split_list(ids: list[int], separator: int | None) -> list[list[int]]:
+    """`str.split` for a list.
+
+    >>> split_list([1, 2, 0, 3], separator=0)
+    [[1, 2], [3]]
+    """
+    parts: list[list[int]] = [[]]
+    for i in ids:
+        if i == separator:
+            parts.append([])
+        else:
+            parts[-1].append(i)
+    return parts
+
+
 def split_messages(raw: str) -> list[str]:
     """The messages of a reply of ChatGLM3 or GLM-4: some words, say, and then a call.
 
-    >>> split_messages("\\nI look it up.<|assistant|>get_weather\\n{}")
+    >>> split_messages("\\nI look it up." + ANOTHER_MESSAGE + "get_weather\\n{}")
     ['\\nI look it up.', 'get_weather\\n{}']
     """
     return raw.split(ANOTHER_MESSAGE)
