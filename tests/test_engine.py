@@ -88,7 +88,9 @@ def generate(loaded, question: str, tokens: int, **settings) -> str:
         eos_token_id=tokenizer.stop_ids,
         **settings,
     )[0, len(ids) :].tolist()
-    return tokenizer.decode([i for i in out if i not in tokenizer.stop_ids])
+    detokenizer = tokenizer.detokenizer()
+    detokenizer.push([i for i in out if i not in tokenizer.stop_ids])
+    return detokenizer.finish()
 
 
 def test_greedy_answers_equal_generate(engine, loaded):
