@@ -105,6 +105,22 @@ def test_the_line_is_shared_too(loaded):
     asyncio.run(scenario())
 
 
+def test_a_place_that_comes_free_is_for_the_client_that_runs_least_not_for_the_first_in_line():
+    queue = AdmissionQueue(4, 100, lambda sequence: None, lambda sequence: None)
+    queue.num_blocks = 100
+
+    def ask(client):
+        sequence = Sequence([1], 1, SamplingParams(seed=0))
+        sequence.client, sequence.num_blocks = client, 1
+        queue.enqueue(sequence)
+        return sequence
+
+    one_of_b, *_, waits_first, waits_second = [ask(client) for client in "baabbc"]
+    assert list(queue.waiting) == [waits_first, waits_second]
+    queue.release(one_of_b)
+    assert list(queue.waiting) == [waits_first]
+
+
 def some_sequence(draw, queue):
     sequence = Sequence([1], 1, SamplingParams(seed=0))
     sequence.client, sequence.num_blocks = draw.choice("aaaaabc"), draw.randrange(1, 60)
