@@ -24,7 +24,9 @@ class Chunk:
     """An answer so far."""
 
     text: str  # what a user sees
-    raw: str  # the same with the metadata line that a ChatGLM3 answer begins with
+    # The same with the metadata line that a ChatGLM3 answer begins with. Where it has several
+    # messages, ANOTHER_MESSAGE of text/tokenizer.py stands between them.
+    raw: str
     prompt_tokens: int
     completion_tokens: int
     finish_reason: str | None = None  # "stop" or "length" in the last chunk
