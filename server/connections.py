@@ -64,6 +64,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.head_is_open = True  # a request's line and headers are awaited, or under way
         self.deadline: asyncio.TimerHandle | None = None  # for the client to send
         self.reading_deadline: asyncio.TimerHandle | None = None
+        self.end_deadline: asyncio.TimerHandle | None = None
 
     # 1. How many there are
 
@@ -126,6 +127,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self.let_go()
         self.wait(None)
         self.resume_writing()
+        if self.end_deadline is not None:
+            self.end_deadline.cancel()
 
     # 2. How much a client sends, and how fast
 
@@ -149,10 +152,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self.head_is_open = False
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         usual = self.app
-        if size > MAX_HEAD:
-            self.app = refusal(431, f"the request's line and headers have {size} bytes")
-        super().on_headers_complete()
-        self.app = usual
+        try:
+            if size > MAX_HEAD:
+                self.app = refusal(431, f"the request's line and headers have {size} bytes")
+            super().on_headers_complete()
+        finally:
+            self.app = usual
         self.overhead = 0
 
     def on_body(self, body: bytes) -> None:
@@ -163,13 +168,15 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self.overhead = 0
         self.head_is_open = True
-        self.wait(None)
+        # Where the answer has been sent before all of the request came, a further one is awaited.
+        self.wait(None if self.is_answering else HEAD_TIMEOUT)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if not self.is_answering and not self.head_is_open:  # refused before all the body has come
             self.wait(REST_TIMEOUT)
+        self.end_in_time()
 
     def wait(self, seconds: float | None) -> None:
         """Closes the connection if the client does not send what is awaited in so many seconds."""
@@ -195,8 +202,23 @@ class LimitedProtocol(HttpToolsProtocol):
                 STATUS_LINE[status] + head + b"content-length: %d\r\n\r\n" % len(body) + body
             )
         self.transport.close()
+        self.end_in_time()
 
     # 3. How fast it reads
+
+    def end_in_time(self) -> None:
+        """A connection that was closed stays until the client has read all: not for ever."""
+        if self.end_deadline is None and self.transport.is_closing():
+            if self.transport.get_write_buffer_size():
+                self.end_deadline = self.loop.call_later(READ_TIMEOUT, self.transport.abort)
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self.end_in_time()
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        self.end_in_time()
 
     def pause_writing(self) -> None:
         super().pause_writing()

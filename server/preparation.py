@@ -68,6 +68,8 @@ class FairPool:
     def _next(self) -> None:
         while self._free and self._waiting:
             client, turns = self._waiting.popitem(last=False)
+            while turns and turns[0].done():  # its client has left, and will take it out later
+                turns.popleft()
             if turns:  # there are none where all have disconnected
                 self._free -= 1
                 turns.popleft().set_result(None)

@@ -6,6 +6,8 @@ Each character of the answer is looked at once for each stop sequence (Knuth, Mo
 
 from __future__ import annotations
 
+import functools
+
 
 class StopSequence:
     """Follows how much of one text stands at the end of what was read.
@@ -18,21 +20,30 @@ class StopSequence:
     def __init__(self, text: str) -> None:
         self.text = text
         self.matched = 0  # characters of `text` with which what was read ends
-        # Where a match of n characters breaks off, `_shorter[n - 1]` of them still match.
-        self._shorter = [0]
-        for character in text[1:]:
-            self._shorter.append(self._longest(self._shorter[-1], character))
+        self._shorter = shorter_matches(text)
 
     def push(self, character: str) -> int:
         if self.matched == len(self.text):
             self.matched = self._shorter[self.matched - 1]
-        self.matched = self._longest(self.matched, character)
+        self.matched = longest_match(self.text, self._shorter, self.matched, character)
         return self.matched
 
-    def _longest(self, matched: int, character: str) -> int:
-        while matched and self.text[matched] != character:
-            matched = self._shorter[matched - 1]
-        return matched + (self.text[matched] == character)
+
+# The 64 answers to one request look for the same texts, at most 32.
+@functools.lru_cache(maxsize=64)
+def shorter_matches(text: str) -> list[int]:
+    """Where a match of n characters breaks off, number n - 1 of this list still match."""
+    shorter = [0]
+    for character in text[1:]:
+        shorter.append(longest_match(text, shorter, shorter[-1], character))
+    return shorter
+
+
+def longest_match(text: str, shorter: list[int], matched: int, character: str) -> int:
+    """How many characters match after one more, where `matched` did before."""
+    while matched and text[matched] != character:
+        matched = shorter[matched - 1]
+    return matched + (text[matched] == character)
 
 
 FAR = 2000  # characters; over this, the library's search is faster than one step for each

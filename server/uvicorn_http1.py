@@ -30,6 +30,7 @@ class Parser:
 
     def __init__(self, protocol: HttpToolsProtocol) -> None:
         self.protocol = protocol
+        self.unanswered: list[RequestResponseCycle] = []
         self.start()
 
     def start(self) -> None:
@@ -79,6 +80,8 @@ class Parser:
     def on_headers_complete(self) -> None:
         if not self.is_read_again:
             self.protocol.on_headers_complete()
+            cycles = [*self.unanswered, self.protocol.cycle]
+            self.unanswered = [cycle for cycle in cycles if not cycle.response_complete]
 
     def on_body(self, body: bytes) -> None:
         self.protocol.on_body(body)
@@ -102,7 +105,7 @@ class Cycle(RequestResponseCycle):
             await app(*arguments)
             # Without chunks, the end of the connection is the end of the answer. An answer that was
             # broken off ends with a reset instead.
-            if self.is_unframed and not self.response_complete:
+            if self.is_unframed and not self.response_complete and not self.disconnected:
                 reset = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
                 sock = self.transport.get_extra_info("socket")
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
@@ -130,6 +133,11 @@ def connection_made(self: HttpToolsProtocol, transport: asyncio.Transport) -> No
 def connection_lost(self: HttpToolsProtocol, exc: Exception | None) -> None:
     parser: Any = self.parser
     uvicorns_end(self, exc)
+    # uvicorn tells only the last of several requests that came at once.
+    for cycle in parser.unanswered:
+        if not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
     parser.end()
     self.cycle = None  # type: ignore[assignment]
 

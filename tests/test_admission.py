@@ -1,6 +1,7 @@
 """Who runs and who waits: places and the line are shared out by client."""
 
 import asyncio
+import itertools
 import random
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
@@ -15,6 +16,7 @@ from chatglm.engine.queue import AdmissionQueue
 from chatglm.engine.sequence import LatestOutput, Output, Sequence
 from chatglm.text.messages import to_messages
 from server.settings import Settings
+from tests.servers import LIMIT
 
 GOLDEN = Path(__file__).parent / "golden" / "chatglm3"
 ENDLESS = SamplingParams(temperature=0, max_length=1000)  # of 你好, which this model never ends
@@ -80,6 +82,40 @@ def test_an_answer_that_was_paused_goes_on_as_if_it_had_not_been(loaded):
     with chatglm.Engine(*loaded, max_concurrency=4) as engine:
         expected = asyncio.run(alone(engine))
         assert asyncio.run(interrupted(engine)) == expected
+
+
+def test_an_answer_may_be_paused_and_come_back_before_its_first_token(loaded):
+    async def scenario():
+        with chatglm.Engine(*loaded, max_concurrency=2) as engine:
+            for seed in range(5):
+                first = await engine.submit(engine.prepare(to_messages("你好"), ENDLESS), "a")
+                await anext(first)
+                waits = asyncio.create_task(answer(engine, prepare(engine, seed, tokens=20), "a"))
+                await asyncio.sleep(0)
+                other = await engine.submit(prepare(engine, seed, tokens=20), "b")  # it is paused
+                await first.aclose()  # and comes back in the same moment
+                paused = await waits
+                assert paused == await answer(engine, prepare(engine, seed, tokens=20), "a")
+                await other.aclose()
+
+    asyncio.run(asyncio.wait_for(scenario(), LIMIT))
+
+
+def test_whoever_waits_for_more_than_a_new_cache_has_is_told_so():
+    async def scenario():
+        queue = AdmissionQueue(1, 100, lambda sequence: None, lambda sequence: None)
+        queue.resize(50)
+        running, large, small = (Sequence([1], 1, SamplingParams(seed=0)) for _ in range(3))
+        for sequence, blocks in ((running, 10), (large, 40), (small, 10)):
+            sequence.num_blocks, sequence.latest = blocks, LatestOutput(lambda: None)
+            queue.enqueue(sequence)
+        queue.resize(20)
+        queue.release(running)
+        assert queue.running == [small] and not queue.waiting
+        with pytest.raises(chatglm.EngineError, match="too small"):
+            await large.latest.next()
+
+    asyncio.run(scenario())
 
 
 def test_the_line_is_shared_too(loaded):
@@ -151,6 +187,22 @@ def test_whoever_comes_and_goes_nothing_is_lost_or_let_in_that_does_not_fit():
 
     for seed in range(30):
         asyncio.run(scenario(seed))
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_the_mark_between_messages_is_in_no_text(loaded, is_text):
+    special = loaded[0].specials["<|assistant|>"]
+    params = SamplingParams(seed=0, max_new_tokens=30, logit_bias=((special, 7.0),))
+
+    async def scenario():
+        with chatglm.Engine(*loaded) as engine:
+            prompt = "你好" if is_text else to_messages("你好")
+            async with aclosing(await engine.submit(engine.prepare(prompt, params))) as chunks:
+                texts = [chunk.text async for chunk in chunks]
+            assert all(later.startswith(text) for text, later in itertools.pairwise(texts))
+            texts[-1].encode()
+
+    asyncio.run(scenario())
 
 
 def shared_tokens(engine):

@@ -175,6 +175,20 @@ def test_an_answer_that_breaks_off_does_not_look_whole_in_http_1_0(server):
     assert b"content-length" not in received.lower()
 
 
+def test_a_client_of_http_1_0_that_leaves_writes_nothing_to_the_log(server):
+    asked = post("/", {**BODY, "prompt": "Count from 1 to 100"}, version="1.0")
+    host, port = server.url.removeprefix("http://").split(":")
+    with server.held():
+        with socket.create_connection((host, int(port)), LIMIT) as connection:
+            connection.sendall(asked.encode())
+            until(lambda: health(server.url)["active"] == 1)
+            server.let(9)
+            connection.recv(65536)
+        server.let(20)
+        until(lambda: health(server.url)["active"] == 0)
+    assert "Traceback" not in server.log()
+
+
 def test_a_whole_answer_has_its_length_in_http_1_0_too(url):
     said = exchange(url, post("/", {**BODY, "stream": False}, version="1.0"))
     head, _, body = said.partition("\r\n\r\n")

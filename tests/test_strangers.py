@@ -16,7 +16,7 @@ import time
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -481,6 +481,27 @@ def test_clients_take_turns_and_one_that_hangs_up_is_passed_over():
     assert "honest" in done[:3] and set(range(10, 50)) < set(done) and len(done) == 41
 
 
+def test_clients_that_leave_in_the_moment_of_their_turn_take_no_thread_with_them():
+    async def run():
+        pool, gate = FairPool(), threading.Event()
+        held = [asyncio.create_task(pool.run("a", gate.wait)) for _ in range(THREADS)]
+        leaving = [asyncio.create_task(pool.run("a", int)) for _ in range(4)]
+        honest = asyncio.create_task(pool.run("a", int))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        for task in leaving:  # their turns are cancelled at once, and taken out later
+            task.cancel()
+        pool._release()  # as if a piece of work ended just now
+        pool._free -= 1
+        gate.set()
+        await asyncio.gather(honest, *held)
+        await asyncio.gather(*leaving, return_exceptions=True)
+        await asyncio.sleep(0)
+        return pool._free
+
+    assert asyncio.run(asyncio.wait_for(run(), LIMIT)) == THREADS
+
+
 def test_a_thread_is_free_again_after_an_error_and_after_a_client_that_left():
     async def run():
         pool = FairPool()
@@ -571,6 +592,27 @@ def test_many_requests_at_once_on_one_connection_end_it(url):
             raise ConnectionError
     assert received.count(b"HTTP/1.1 200") < 100
     assert ask(url)
+
+
+@pytest.mark.parametrize("target", [b"http://localhost", b"/\xff"])
+def test_a_head_that_is_too_large_and_wrong_leaves_no_connection_behind(small, target):
+    head = b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n"
+    for _ in range(100):  # as many as this server takes
+        with socket.create_connection(address_of(small), 30) as line:
+            line.sendall(head + b"X: " + b"x" * 60_000)
+            with suppress(ConnectionError):
+                line.sendall(b"x" * 10_000 + b"\r\n\r\n")
+                line.recv(4096)
+    assert ask(small)
+
+
+def test_of_requests_at_once_each_is_ended_when_the_client_leaves(small):
+    content = json.dumps({**ENDLESS, "max_length": 8192}).encode()
+    head = f"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection(address_of(small), 60) as line:
+        line.sendall((head.encode() + content) * 3)
+        until(lambda: busy(small) == 1)
+    until(lambda: busy(small) == 0)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /hea", b"POST / HTTP/1.1\r\nHost: localhost\r\n"])

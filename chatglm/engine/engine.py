@@ -113,7 +113,7 @@ class Engine:
             self._batch = Batch(
                 self.model, self.tokenizer.stop_ids, self.max_concurrency, self.max_model_len
             )
-        self._admission.num_blocks = self._batch.num_blocks
+        self._admission.resize(self._batch.num_blocks)
         # One block stays free: a sequence may share its first block with another.
         usable_tokens = (self._batch.num_blocks - 1) * self._batch.block_size
         self.max_request_tokens = min(self.max_model_len, usable_tokens)

@@ -35,10 +35,17 @@ class AdmissionQueue:
     ) -> None:
         self.max_running, self.max_waiting = max_running, max_waiting
         self._join, self._leave = join, leave
-        self.num_blocks = 0  # set when the cache is built
+        self.num_blocks = 0  # before the cache is built
         self.running: list[Sequence] = []  # in the order in which they joined
         self.waiting: deque[Sequence] = deque()  # first come, first served
         self._last_seen: dict[str, float] = {}  # by client, in seconds
+
+    def resize(self, num_blocks: int) -> None:
+        """Of a new cache. Whoever waits and needs more gets an error."""
+        self.num_blocks = num_blocks
+        for sequence in [each for each in self.waiting if each.num_blocks > num_blocks]:
+            self.waiting.remove(sequence)
+            sequence.latest.fail(EngineError("the KV cache is too small for this request"))
 
     def enqueue(self, sequence: Sequence) -> None:
         """Queues it, and lets it join if there is room. Raises QueueFull if too many wait, and

@@ -9,6 +9,7 @@ tests/test_seam.py checks each of these names.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import threading
 from contextlib import nullcontext, suppress
@@ -73,6 +74,8 @@ class Batch:
             self._manager.warmup()  # builds the cache now: a lack of memory shows at start-up
         cache = self._manager.batch_processor.cache
         separate_prefixes(cache)
+        # A sequence that was paused may come back before the model thread has seen it go.
+        self._joins = itertools.count()
         self.block_size: int = config.page_size
         self.num_blocks: int = cache.num_blocks
 
@@ -98,7 +101,9 @@ class Batch:
     def add(self, sequence: Sequence) -> bool:
         """Hands it to the model thread. False if that is not able to take it."""
         params, made = sequence.params, sequence.latest.token_ids  # some, after a pause
-        sequence.batch_id = salted_id(sequence.cache_salt, f"{sequence.request_id}.{len(made)}")
+        sequence.batch_id = salted_id(
+            sequence.cache_salt, f"{sequence.request_id}.{next(self._joins)}"
+        )
         sequence.resumed_ids = made
         self._router.sequences[sequence.batch_id] = sequence  # first, or an output would be missed
         accepted = self._manager.add_request(

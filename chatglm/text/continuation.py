@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chatglm.sampling import check_room
-from chatglm.text.detokenizer import REPLACEMENT
 from chatglm.text.messages import texts_of
+from chatglm.text.tokenizer import ANOTHER_MESSAGE
 
 if TYPE_CHECKING:
     from chatglm.engine.sequence import Sequence
@@ -101,6 +101,8 @@ class AnswerText:
     def so_far(self, finished: bool) -> tuple[str, str]:
         """(all of the answer, what its reader sees of it)."""
         text = self._detokenizer.finish() if finished else self._detokenizer.text
+        if self._sequence.is_plain:  # it has no messages
+            text = text.replace(ANOTHER_MESSAGE, "")
         raw = self._sequence.forced_prefix + text[self._skipped :]
         return raw, self._visible(raw, finished)
 
@@ -114,9 +116,9 @@ class AnswerText:
         They do not count for `max_visible_tokens`: a gateway tests a connection with one."""
         if self._sequence.is_plain:
             return 0
-        for number in range(1, min(len(tokens), HIDDEN_TOKENS + 1) + 1):
-            text = self._tokenizer.decode(self._anchor + tokens[:number])[self._skipped :]
-            raw = self._sequence.forced_prefix + text.rstrip(REPLACEMENT)
-            if self._visible(raw, finished=False):
-                return number - 1
+        beginning = AnswerText(self._tokenizer, self._sequence)
+        for number, token in enumerate(tokens[: HIDDEN_TOKENS + 1]):
+            beginning.push([token])
+            if beginning.so_far(finished=False)[1]:
+                return number
         return HIDDEN_TOKENS if len(tokens) > HIDDEN_TOKENS else None
