@@ -208,9 +208,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def end_in_time(self) -> None:
         """A connection that was closed stays until the client has read all: not for ever."""
-        if self.end_deadline is None and self.transport.is_closing():
-            if self.transport.get_write_buffer_size():
-                self.end_deadline = self.loop.call_later(READ_TIMEOUT, self.transport.abort)
+        is_ending = self.transport.is_closing() and self.transport.get_write_buffer_size()
+        if is_ending and self.end_deadline is None:
+            self.end_deadline = self.loop.call_later(READ_TIMEOUT, self.transport.abort)
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from chatglm.engine.sequence import Sequence
 from chatglm.errors import EngineError, QueueFull
 
+TOO_LARGE = "the KV cache is too small for this request"  # after a restart that found less memory
 RECENT = 5.0  # seconds for which a client counts after its last request
 
 
@@ -45,13 +46,13 @@ class AdmissionQueue:
         self.num_blocks = num_blocks
         for sequence in [each for each in self.waiting if each.num_blocks > num_blocks]:
             self.waiting.remove(sequence)
-            sequence.latest.fail(EngineError("the KV cache is too small for this request"))
+            sequence.latest.fail(EngineError(TOO_LARGE))
 
     def enqueue(self, sequence: Sequence) -> None:
         """Queues it, and lets it join if there is room. Raises QueueFull if too many wait, and
         EngineError if its `num_blocks` are more than there are."""
-        if sequence.num_blocks > self.num_blocks:  # after a restart that found less memory
-            raise EngineError("the KV cache is too small for this request")
+        if sequence.num_blocks > self.num_blocks:
+            raise EngineError(TOO_LARGE)
         self._last_seen[sequence.client] = time.monotonic()
         self.waiting.append(sequence)
         self._admit()

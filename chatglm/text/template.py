@@ -159,7 +159,7 @@ class TemplateTokenizer:
         return str(text)
 
     def _decode_answer(self, ids: list[int]) -> str:
-        """The same, but it shows where another message begins."""
+        """As `decode`, but it shows where another message begins."""
         if not self.has_metadata:
             return self.decode(ids)
         messages = split_list(ids, self._another_message)

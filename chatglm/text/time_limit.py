@@ -29,7 +29,8 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     timer = threading.Timer(seconds, send)
     timer.daemon = True
-    timer.start()
+    with lock:  # it is to strike in the block, not in the middle of its own start
+        timer.start()
     try:
         yield
     # GeneratorExit: it has come between the block and here, and passed by this function.

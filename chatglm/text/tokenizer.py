@@ -67,6 +67,7 @@ class ChatGLMTokenizer:
         self.vocab_size = first + len(names)
         self.has_metadata = chat_format == "chatglm3"
         self.anchor = self.sp.encode("a")[-1]  # an ordinary token, see Detokenizer
+        self._anchor_length = len(self.decode([self.anchor]))  # characters
         self.longest_token = max(len(self.sp.id_to_piece(i)) for i in range(first))
         self.stop_ids = [self.sp.eos_id()]
         if chat_format == "chatglm3":
@@ -119,11 +120,10 @@ class ChatGLMTokenizer:
         return piece_bytes(self.sp) + [b""] * len(self.specials)
 
     def _decode_answer(self, ids: list[int]) -> str:
-        """The same, but it shows where another message begins."""
+        """As `decode`, but it shows where another message begins."""
         first, *others = split_list(ids, self.specials.get("<|assistant|>"))
-        before = len(self.decode([self.anchor]))
         # Behind a word, for a text's first space would be dropped.
-        texts = [self.decode([self.anchor, *each])[before:] for each in others]
+        texts = [self.decode([self.anchor, *each])[self._anchor_length :] for each in others]
         return ANOTHER_MESSAGE.join([self.decode(first), *texts])
 
     def detokenizer(self) -> Detokenizer:
